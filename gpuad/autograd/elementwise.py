@@ -1,0 +1,502 @@
+"""Elementwise operations: declared by a formula; value, vjp, jvp and their derivatives are derived from it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from gpuad.array import dtypes
+from gpuad.array.device import Device, default_device, of_array
+from gpuad.autograd.modes import state
+from gpuad.autograd.node import Node, OutputNode
+from gpuad.autograd.op import (
+    NUMBERS,
+    Interpreters,
+    Op,
+    as_operand,
+    broadcast_error,
+    check_devices,
+    check_in_place,
+    function,
+    promoted_dtype,
+    writable,
+)
+from gpuad.errors import FormulaError
+from gpuad.kernels.expr import Expr, as_expr, substitute
+from gpuad.kernels.formula import Derivative, Formula, trace
+from gpuad.tensor import Tensor, wrap
+
+_new = object.__new__
+
+
+class _Plan:
+    """How the gradients of the wanted inputs are computed: prepared once for each set of wanted inputs.
+
+    inputs, outputs: which of the op's inputs and outputs are saved. passed: wanted inputs whose gradient is the
+    incoming one itself. formula: the others together, as a formula of (gradients, saved…); None where there are none.
+    """
+
+    __slots__ = ("wanted", "inputs", "outputs", "passed", "computed", "formula", "single", "_op")
+
+    def __init__(self, op: Elementwise, wanted: tuple[int, ...]) -> None:
+        derivative: Derivative = op.formula.vjp(wanted)
+        full = derivative.formula
+        cotangents = full.inputs[: len(op.formula.outputs)]
+        self.wanted = wanted
+        self.inputs, self.outputs = derivative.inputs, derivative.outputs
+        results = dict(zip(wanted, full.outputs, strict=True))
+        self.passed = frozenset(i for i, r in results.items() if r is cotangents[0])
+        self.computed = tuple(i for i in wanted if i not in self.passed)
+        self.formula = Formula(full.name, full.inputs, [results[i] for i in self.computed]) if self.computed else None
+        # One formula for each gradient that is summed: a sum behind a formula is one launch.
+        self.single = {i: Formula(f"{full.name}_{i}", full.inputs, [results[i]]) for i in self.computed}
+        self._op: Elementwise | None = None
+
+    def op(self) -> Elementwise:
+        """The formula as an op of its own, for derivatives that are recorded."""
+        if self._op is None:
+            assert self.formula is not None
+            self._op = Elementwise(self.formula.name, self.formula, register=False)
+        return self._op
+
+
+class Elementwise(Op):
+    """An operation on corresponding elements, derived from its formula.
+
+    Operands broadcast and are promoted as in PyTorch; they are Tensors of one device, or numbers. A formula with
+    several outputs returns a tuple of Tensors.
+    """
+
+    operator = ""
+    has_in_place = False
+
+    def __init__(
+        self,
+        name: str,
+        formula: Formula | Callable,
+        samples: Sequence[Any] = (),
+        doc: str = "",
+        register: bool = True,
+        labels: Sequence[str] = (),
+    ) -> None:
+        super().__init__(name, doc, samples, register)
+        self.defaults: dict[str, Any] = {}
+        if not isinstance(formula, Formula):
+            parameters = inspect.signature(formula).parameters.values()
+            self.defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+            formula = trace(formula, name, labels=labels)
+        self.formula = formula
+        self.arity = len(formula.inputs)
+        self.names = [v.name for v in formula.inputs]
+        self.several = len(formula.outputs) > 1
+        self.differentiable = not all(formula.bool_outputs)
+        self._plans: dict[Any, _Plan] = {}
+        self._tangent_ops: dict[tuple[int, ...], Elementwise] = {}
+        masks = [i for i, v in enumerate(formula.inputs) if v.kind != "number"]
+        # The quick way is for one or two float Tensors of one device, dtype and shape.
+        self._quick = not masks and not self.several and self.arity <= 2
+        signature = [f"{n}={self.defaults[n]!r}" if n in self.defaults else n for n in self.names]
+        self.signature = f"{name}({', '.join(signature)})"
+
+    def plan(self, wanted: tuple[int, ...]) -> _Plan:
+        """The prepared backward pass for gradients of the `wanted` inputs."""
+        found = self._plans.get(wanted)
+        if found is None:
+            found = self._plans[wanted] = _Plan(self, wanted)
+        return found
+
+    # Forward ----------------------------------------------------------------------------------------------------------
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        if self._quick and not named and not Interpreters.active and len(inputs) == self.arity:
+            x = inputs[0]
+            if isinstance(x, Tensor):
+                data = x._data
+                if self.arity == 1:
+                    if data.dtype.kind == "f":
+                        return self._unary(x, data)
+                else:
+                    y = inputs[1]
+                    if type(y) is float or type(y) is int:
+                        if data.dtype.kind == "f":
+                            return self._unary(x, data, y)
+                    elif isinstance(y, Tensor) and y._device is x._device:
+                        other = y._data
+                        if other.dtype is data.dtype and data.dtype.kind == "f" and other.shape == data.shape:
+                            return self._binary(x, y, data, other)
+        if named or len(inputs) != self.arity:
+            inputs = self._bind(inputs, named)
+        return self._general(inputs)
+
+    def _unary(self, x: Tensor, *arguments: Any) -> Tensor:
+        """One Tensor, and perhaps a number as the second operand."""
+        device = x._device
+        dtype = arguments[0].dtype
+        array = device.backend.elementwise(self.formula, arguments, dtype)
+        out = _new(Tensor)
+        out._data, out._device, out._node, out._grad = array, device, None, None
+        cell = out._cell = [0]
+        if x._requires_grad and state.enabled and self.differentiable:
+            plan = self._plans.get(_FIRST) or self.plan(_FIRST)
+            if plan.outputs:
+                saved = (array,) if not plan.inputs else (*(arguments[i] for i in plan.inputs), array)
+                cells = (x._cell, cell) if 0 in plan.inputs else (cell,)
+            elif plan.inputs:
+                saved = tuple([arguments[i] for i in plan.inputs])
+                cells = (x._cell,)
+            else:
+                saved = cells = ()
+            node = x._node
+            parents = (x if node is None else node,) if self.arity == 1 else (x if node is None else node, None)
+            out._node = Node(self, parents, saved, cells, x._cell[0] if saved else 0, (plan, None), device)
+            out._requires_grad = True
+        else:
+            out._requires_grad = False
+        return out
+
+    def _binary(self, x: Tensor, y: Tensor, a: Any, b: Any) -> Tensor:
+        """Two Tensors of one device, dtype and shape."""
+        device = x._device
+        array = device.backend.elementwise(self.formula, (a, b), a.dtype)
+        out = _new(Tensor)
+        out._data, out._device, out._node, out._grad = array, device, None, None
+        cell = out._cell = [0]
+        out._requires_grad = False
+        if (x._requires_grad or y._requires_grad) and state.enabled and self.differentiable:
+            wanted = _BOTH if x._requires_grad and y._requires_grad else _FIRST if x._requires_grad else _SECOND
+            plan = self._plans.get(wanted) or self.plan(wanted)
+            saved = cells = ()
+            version = 0
+            if plan.inputs:
+                arguments, owners = (a, b), (x._cell, y._cell)
+                saved = tuple([arguments[i] for i in plan.inputs])
+                cells = tuple([owners[i] for i in plan.inputs])
+                version = sum([c[0] for c in cells])
+            if plan.outputs:
+                saved, cells = (*saved, array), (*cells, cell)
+            parents = (
+                (x if x._node is None else x._node) if x._requires_grad else None,
+                (y if y._node is None else y._node) if y._requires_grad else None,
+            )
+            out._node = Node(self, parents, saved, cells, version, (plan, None), device)
+            out._requires_grad = True
+        return out
+
+    def _bind(self, inputs: Sequence[Any], named: dict[str, Any]) -> tuple[Any, ...]:
+        """The inputs in order, names and defaults filled in."""
+        if len(inputs) > self.arity:
+            raise TypeError(f"{self.signature} takes {self.arity} operands, got {len(inputs)}.")
+        bound = list(inputs)
+        named = dict(named)
+        for name in self.names[len(bound) :]:
+            if name in named:
+                bound.append(named.pop(name))
+            elif name in self.defaults:
+                bound.append(self.defaults[name])
+            else:
+                raise TypeError(f"{self.signature} needs {name!r}.")
+        if named:
+            raise TypeError(f"{self.signature} has no parameter {next(iter(named))!r}.")
+        return tuple(bound)
+
+    def _general(self, inputs: Sequence[Any]) -> Any:
+        """Any operands: bare arrays, numbers, mixed dtypes, broadcasting, symbols, dual numbers."""
+        tensors = bare = False
+        for x in inputs:
+            if isinstance(x, Tensor):
+                tensors = True
+            elif isinstance(x, Expr):
+                return self.inline(inputs)
+            elif not isinstance(x, NUMBERS):
+                bare = True
+        if not tensors:
+            if bare and not any(isinstance(x, (list, tuple, np.generic, str)) for x in inputs):
+                return self._on_arrays(inputs)
+            inputs = [as_operand(self.name, x) for x in inputs]
+            if self.arity == 1 or not any(isinstance(x, Tensor) for x in inputs):
+                inputs = [wrap(_number_array(inputs[0])), *inputs[1:]]
+        elif bare:
+            inputs = [as_operand(self.name, x) for x in inputs]
+        if Interpreters.active:
+            result = Interpreters.apply(self, inputs, {})
+            if result is not NotImplemented:
+                return result
+        device = check_devices(self.name, inputs, self.names)
+        arrays = [x._data if isinstance(x, Tensor) else x for x in inputs]
+        results, dtype = self._compute(device, inputs, arrays, None)
+        outs = [wrap(r, device) for r in results]
+        if state.enabled and self.differentiable and any([isinstance(x, Tensor) and x._requires_grad for x in inputs]):
+            self._record(inputs, arrays, outs, dtype, device)
+        return tuple(outs) if self.several else outs[0]
+
+    def _compute(self, device: Device, inputs: Sequence[Any], arrays: Sequence[Any], outs: Any) -> tuple[list, Any]:
+        formula = self.formula
+        dtype = promoted_dtype([arrays[i] for i in formula.promoted], formula.needs_float)
+        try:
+            results = device.backend.elementwise_mixed(formula, arrays, dtype, outs)
+        except ValueError as error:
+            shapes = [tuple(a.shape) for a in arrays if not isinstance(a, NUMBERS)]
+            if _broadcasts(shapes):
+                raise
+            raise broadcast_error(self.name, inputs, self.names) from error
+        return (results if self.several else [results]), dtype
+
+    def _on_arrays(self, inputs: Sequence[Any]) -> Any:
+        """Bare arrays in, bare arrays out: how rules run in a plain backward pass."""
+        first = next(x for x in inputs if not isinstance(x, NUMBERS))
+        results, _ = self._compute(of_array(first), inputs, inputs, None)
+        return tuple(results) if self.several else results[0]
+
+    def inline(self, inputs: Sequence[Any]) -> Any:
+        """The formula applied to symbolic scalars: an op used inside another formula."""
+        swap: dict[Expr, Expr] = {}
+        for variable, value in zip(self.formula.inputs, inputs, strict=True):
+            swap[variable] = as_expr(value)
+        results = substitute(self.formula.outputs, swap)
+        return tuple(results) if self.several else results[0]
+
+    # Recording --------------------------------------------------------------------------------------------------------
+
+    def _record(
+        self,
+        inputs: Sequence[Any],
+        arrays: Sequence[Any],
+        outs: Sequence[Tensor],
+        dtype: np.dtype,
+        device: Device,
+        versions: int | None = None,
+    ) -> None:
+        wanted = tuple([i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x._requires_grad])
+        plan = self.plan(wanted)
+        saved = [arrays[i] for i in plan.inputs] + [outs[i]._data for i in plan.outputs]
+        cells = [inputs[i]._cell for i in plan.inputs if isinstance(inputs[i], Tensor)]
+        before = sum([c[0] for c in cells]) if versions is None else versions
+        after = [outs[i]._cell for i in plan.outputs]
+        parents = [None] * self.arity
+        for i in wanted:
+            x = inputs[i]
+            parents[i] = x if x._node is None else x._node
+        layout = tuple(
+            [(x._data.shape, x._data.dtype) if isinstance(x, Tensor) and i in wanted else None
+             for i, x in enumerate(inputs)]
+        )  # fmt: skip
+        shape = outs[0]._data.shape
+        if all([entry is None or entry == (shape, dtype) for entry in layout]) and all(
+            [not isinstance(arrays[i], device.backend.array_type) or arrays[i].dtype == dtype for i in plan.inputs]
+        ):
+            layout = None
+        info = (plan, layout) if not self.several else (plan, layout, [(o._data.shape, o._data.dtype) for o in outs])
+        version = before + sum([c[0] for c in after])
+        node = Node(self, tuple(parents), tuple(saved), tuple(cells + after), version, info, device)
+        for i, out in enumerate(outs):
+            if self.formula.bool_outputs[i]:
+                continue
+            out._node = OutputNode(node, i) if self.several else node
+            out._requires_grad = True
+
+    # Reverse mode -----------------------------------------------------------------------------------------------------
+
+    def backward(self, node: Node, gradient: Any, into: Callable) -> list[Any]:
+        plan, layout = node.info[0], node.info[1]
+        saved = node.check() if plan.formula is not None else node.saved
+        backend = node.device.backend
+        if layout is None and not self.several:
+            if plan.formula is None:
+                return [None if p is None else gradient for p in node.parents]
+            result = backend.elementwise(plan.formula, (gradient, *saved), gradient.dtype)
+            if self.arity == 1:
+                return [result]
+            results = iter((result,) if len(plan.computed) == 1 else result)
+            return [
+                None if p is None else gradient if i in plan.passed else next(results)
+                for i, p in enumerate(node.parents)
+            ]
+        return self._backward_broadcast(node, gradient, plan, layout, saved, into)
+
+    def _backward_broadcast(
+        self, node: Node, gradient: Any, plan: _Plan, layout: Any, saved: Any, into: Callable
+    ) -> list[Any]:
+        backend = node.device.backend
+        gradients = self._fill(node, gradient, backend) if self.several else (gradient,)
+        shape, dtype = gradients[0].shape, gradients[0].dtype
+        arguments = (*gradients, *saved)
+        result: list[Any] = [None] * self.arity
+        whole = []
+        for i in plan.wanted:
+            own = shape if layout is None else layout[i][0]
+            if own == shape:
+                if i in plan.passed:
+                    result[i] = gradients[0]
+                else:
+                    whole.append(i)
+                continue
+            axes = broadcast_axes(own, shape)
+            if i in plan.passed:
+                target = into(i) if len(own) + len(axes) == len(shape) else None
+                if target is not None and target[1] == 0.0:
+                    result[i] = backend.sum(gradients[0], axes, False, target[0])
+                else:
+                    result[i] = backend.sum(gradients[0], axes).reshape(own)
+            else:
+                formula = plan.single[i]
+                cast = backend.cast_operands(formula, arguments, dtype)
+                result[i] = backend.reduce(formula, cast, dtype, axes, True).reshape(own)
+        if whole:
+            formula = plan.formula if len(whole) == len(plan.computed) else None
+            if formula is None:
+                for i in whole:
+                    result[i] = backend.elementwise_mixed(plan.single[i], arguments, dtype)
+            else:
+                values = backend.elementwise_mixed(formula, arguments, dtype)
+                for i, value in zip(whole, [values] if len(whole) == 1 else values, strict=True):
+                    result[i] = value
+        if layout is not None:
+            for i in plan.wanted:
+                if result[i].dtype != layout[i][1]:
+                    result[i] = result[i].astype(layout[i][1])
+        return result
+
+    def _fill(self, node: Node, gradients: Sequence[Any], backend: Any) -> tuple[Any, ...]:
+        """Zeros for outputs that got no gradient."""
+        return tuple(
+            backend.full(shape, 0, dtype if dtype.kind == "f" else np.dtype(np.float32)) if g is None else g
+            for g, (shape, dtype) in zip(gradients, node.info[2], strict=True)
+        )
+
+    def backward_recorded(self, node: Node, gradient: Any, into: Callable) -> list[Any]:
+        plan, layout = node.info[0], node.info[1]
+        saved = node.check()
+        arguments = [node.saved_tensor(s, node.parents[i]) for s, i in zip(saved, plan.inputs, strict=False)]
+        for s, i in zip(saved[len(plan.inputs) :], plan.outputs, strict=True):
+            out = wrap(s, node.device)
+            out._node, out._requires_grad = (OutputNode(node, i) if self.several else node), True
+            arguments.append(out)
+        gradients: Sequence[Any] = (gradient,)
+        if self.several:
+            backend = node.device.backend
+            gradients = [
+                wrap(z, node.device) if g is None else g
+                for g, z in zip(gradient, self._fill(node, gradient_arrays(gradient), backend), strict=True)
+            ]
+        values: dict[int, Any] = dict.fromkeys(plan.passed, gradients[0])
+        if plan.formula is not None:
+            computed = plan.op()(*gradients, *arguments)
+            values.update(zip(plan.computed, computed if plan.op().several else [computed], strict=True))
+        result: list[Any] = [None] * self.arity
+        for i in plan.wanted:
+            value = values[i]
+            if layout is not None:
+                shape, dtype = layout[i]
+                if value._data.shape != shape:
+                    value = value.sum_to_size(shape)
+                if value._data.dtype != dtype:
+                    value = value.to(dtype)
+            result[i] = value
+        return result
+
+    # Forward mode -----------------------------------------------------------------------------------------------------
+
+    def tangent(self, inputs: Sequence[Any], tangents: Sequence[Any], params: dict) -> tuple[Any, Any]:
+        moving = tuple([i for i, t in enumerate(tangents) if t is not None])
+        op = self._tangent_ops.get(moving)
+        if op is None:
+            op = Elementwise(f"{self.name}_jvp", self.formula.jvp(moving).formula, register=False)
+            self._tangent_ops[moving] = op
+        results = op(*inputs, *[t for t in tangents if t is not None])
+        count = len(self.formula.outputs)
+        values, derivatives = results[:count], list(results[count:])
+        for i, is_bool in enumerate(self.formula.bool_outputs):
+            if is_bool:
+                derivatives[i] = None
+        return (values, derivatives) if self.several else (values[0], derivatives[0])
+
+    # In place ---------------------------------------------------------------------------------------------------------
+
+    def in_place(self, target: Tensor, *others: Any, **named: Any) -> Tensor:
+        """target ← op(target, *others), recorded; the tensor's version grows."""
+        inputs = self._bind((target, *others), named)
+        inputs = [as_operand(self.name, x) for x in inputs]
+        if self.several:
+            raise FormulaError(f"{self.name} has several outputs; it has no in-place form.")
+        device = check_devices(self.name, inputs, self.names)
+        arrays = [x._data if isinstance(x, Tensor) else x for x in inputs]
+        formula = self.formula
+        dtype = promoted_dtype([arrays[i] for i in formula.promoted], formula.needs_float)
+        shapes = [x._data.shape for x in inputs if isinstance(x, Tensor)]
+        recording = state.enabled and any([isinstance(x, Tensor) and x._requires_grad for x in inputs])
+        try:
+            shape = np.broadcast_shapes(*shapes)
+        except ValueError as error:
+            raise broadcast_error(self.name, inputs, self.names) from error
+        check_in_place(self.name, target, formula.out_dtype(0, dtype), shape, recording)
+        data = writable(self.name, target)
+        for i, x in enumerate(inputs):  # another view of the same memory must be read before it is written
+            if i and isinstance(x, Tensor) and x._data is not data and x._cell is target._cell:
+                arrays[i] = x._data.copy()
+        versions = None
+        before = None
+        if recording and self.differentiable:
+            wanted = tuple([i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x._requires_grad])
+            plan = self.plan(wanted)
+            versions = sum([inputs[i]._cell[0] for i in plan.inputs if isinstance(inputs[i], Tensor)])
+            before = wrap(data, device)  # the target as it was: its node, its cell
+            before._node, before._requires_grad, before._cell = target._node, target._requires_grad, target._cell
+        device.backend.elementwise_mixed(formula, arrays, dtype, [data])
+        target._cell[0] += 1
+        if before is not None:
+            recorded = [before, *inputs[1:]]
+            self._record(recorded, arrays, [target], dtype, device, versions)
+        return target
+
+
+def gradient_arrays(gradients: Sequence[Any]) -> list[Any]:
+    """The bare arrays of Tensors, None kept."""
+    return [None if g is None else g._data for g in gradients]
+
+
+def broadcast_axes(own: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of `shape` over which an operand of shape `own` was broadcast."""
+    extra = len(shape) - len(own)
+    return (*range(extra), *(i + extra for i, n in enumerate(own) if n == 1 and shape[i + extra] != 1))
+
+
+def _broadcasts(shapes: Sequence[tuple[int, ...]]) -> bool:
+    try:
+        np.broadcast_shapes(*shapes)
+    except ValueError:
+        return False
+    return True
+
+
+def _number_array(x: Any) -> Any:
+    return default_device().backend.asarray(x, dtypes.result_type((), (), (x,)))
+
+
+_FIRST, _SECOND, _BOTH = (0,), (1,), (0, 1)
+
+
+def elementwise(
+    name: str,
+    formula: Callable,
+    samples: Sequence[Any] = (),
+    doc: str = "",
+    *,
+    labels: Sequence[str] = (),
+    operator: str = "",
+    aliases: Sequence[str] = (),
+    method: bool = True,
+    in_place: bool = False,
+) -> Elementwise:
+    """Declare an elementwise operation by its formula; everything else is derived.
+
+    samples: inputs for the generic tests, as (shapes or values…) tuples; see tests/test_ops.py. operator: the Python
+    operator it stands for ("add": __add__, __radd__, __iadd__). aliases: other public names. method: whether it is a
+    Tensor method too. in_place: whether there is `<name>_`.
+    """
+    made = Elementwise(name, formula, samples, doc, labels=labels)
+    made.operator, made.has_in_place = operator, in_place or bool(operator)
+    function(made, name=name, method=method, aliases=aliases)
+    return made

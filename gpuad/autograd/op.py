@@ -1,0 +1,215 @@
+"""Operations: what every op is, how a call is dispatched, and the table of all of them.
+
+An op is called with Tensors, Python numbers, bare arrays or symbolic scalars (inside a formula). With Tensors it
+computes and records; with bare arrays it only computes, which is how derivative rules run in a plain backward pass:
+the same rule, the same ops, no tape. With dual numbers it goes through forward mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from gpuad.array import dtypes
+from gpuad.array.device import Device, default_device, of_array
+from gpuad.autograd.node import Node
+from gpuad.errors import AutogradError, DeviceError, DtypeError, ShapeError
+from gpuad.kernels.expr import Expr
+from gpuad.tensor import Tensor, wrap
+
+NUMBERS = (int, float, bool)
+
+# Every declared op by name; documentation and generic tests go over it.
+table: dict[str, Op] = {}
+
+
+# Every public function by name, with whether it is a Tensor method too; gpuad/ops/attach.py puts them in place.
+functions: dict[str, tuple[Callable, bool]] = {}
+
+
+def function(target: Any = None, *, name: str | None = None, method: bool = True, aliases: Sequence[str] = ()) -> Any:
+    """Publish a function as gpuad.<name> and, with `method`, as Tensor.<name>; a decorator."""
+
+    def publish(f: Any) -> Any:
+        for each in (name or f.__name__, *aliases):
+            functions[each] = (f, method)
+        return f
+
+    return publish if target is None else publish(target)
+
+
+class Interpreters:
+    """How many forward-mode levels are open; while none is, no operand can be a dual number."""
+
+    active = 0
+    # forward.py puts its rule here: (op, inputs, params) -> result.
+    apply: Callable[..., Any]
+
+
+class Op:
+    """What elementwise and other operations have in common.
+
+    name, doc: for errors and documentation. samples: functions (or tuples) of inputs for the generic tests.
+    """
+
+    name: str
+    doc: str
+    samples: Sequence[Any]
+
+    def __init__(self, name: str, doc: str = "", samples: Sequence[Any] = (), register: bool = True) -> None:
+        self.name = name
+        self.doc = self.__doc__ = doc
+        self.samples = samples
+        self.__name__ = self.__qualname__ = name
+        if register:
+            if name in table:
+                raise ValueError(f"An op called {name} is declared already.")
+            table[name] = self
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}>"
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __call__(self, *inputs: Any, **params: Any) -> Any:
+        raise NotImplementedError
+
+    def backward(self, node: Node, gradient: Any, into: Callable) -> list[Any]:
+        """Gradients of the parents from that of the output, on bare arrays.
+
+        into(i) is (buffer, beta) where the gradient of input i may be written as beta · buffer + gradient (then the
+        list has the buffer in its place), else None.
+        """
+        raise NotImplementedError
+
+    def backward_recorded(self, node: Node, gradient: Tensor, into: Callable) -> list[Any]:
+        """The same on Tensors, recorded, so that gradients can be differentiated."""
+        raise NotImplementedError
+
+    def tangent(self, inputs: Sequence[Any], tangents: Sequence[Tensor | None], params: dict) -> tuple[Any, Any]:
+        """Forward mode: the value and its tangent."""
+        raise NotImplementedError(f"{self.name} has no forward-mode rule yet.")
+
+
+def describe(x: Any) -> str:
+    """dtype, shape and device of an operand, for error texts."""
+    if isinstance(x, Tensor):
+        return f"{x._data.dtype!s:<8} {tuple(x._data.shape)!s:<14} on {x._device}"
+    if hasattr(x, "dtype") and hasattr(x, "shape"):
+        return f"{x.dtype!s:<8} {tuple(x.shape)!s:<14} on {of_array(x)} (a bare {type(x).__name__})"
+    return repr(x)
+
+
+def operand_names(count: int, names: Sequence[str] | None) -> list[str]:
+    """Names for operands in error texts: the op's own, else a, b, c …"""
+    if names is not None and len(names) >= count:
+        return list(names[:count])
+    return [chr(ord("a") + i) if i < 26 else f"a{i}" for i in range(count)]
+
+
+def check_devices(name: str, inputs: Sequence[Any], names: Sequence[str] | None = None) -> Device:
+    """The one device of all Tensor operands; DeviceError naming each when there are several."""
+    device: Device | None = None
+    for x in inputs:
+        if isinstance(x, Tensor):
+            if device is None:
+                device = x._device
+            elif x._device is not device:
+                labels = operand_names(len(inputs), names)
+                width = max(len(label) for label in labels)
+                lines = [
+                    f"  {label:<{width}}  {describe(each)}"
+                    for label, each in zip(labels, inputs, strict=True)
+                    if isinstance(each, Tensor)
+                ]
+                first = next(label for label, each in zip(labels, inputs, strict=True) if each is x)
+                raise DeviceError(
+                    f"{name} got operands on different devices:\n"
+                    + "\n".join(lines)
+                    + f'\nMove one of them first, e.g. {first}.to("{device}").'
+                )
+    return default_device() if device is None else device
+
+
+def as_operand(name: str, x: Any) -> Any:
+    """A Tensor or Python number from what a user passed: NumPy scalars are unwrapped, other arrays refused."""
+    if isinstance(x, (Tensor, Expr, *NUMBERS)):
+        return x
+    if isinstance(x, np.generic):
+        return x.item()
+    if isinstance(x, (list, tuple)):
+        raise TypeError(f"{name} takes Tensors and numbers, got a {type(x).__name__}; make it one with gpuad.tensor(…).")
+    if isinstance(x, np.ndarray) or hasattr(x, "__cuda_array_interface__"):
+        raise TypeError(
+            f"{name} got a bare {type(x).__module__}.{type(x).__name__} beside a Tensor; nothing is copied or moved "
+            "silently. Wrap it: gpuad.from_numpy(a), gpuad.from_dlpack(a) share its memory, gpuad.tensor(a) copies."
+        )
+    raise TypeError(f"{name} takes Tensors and numbers, got {type(x).__name__}.")
+
+
+def broadcast_error(name: str, inputs: Sequence[Any], names: Sequence[str] | None = None) -> ShapeError:
+    """The error of operands whose shapes do not broadcast."""
+    labels = operand_names(len(inputs), names)
+    lines = [
+        f"  {label}  {describe(x)}" for label, x in zip(labels, inputs, strict=True) if not isinstance(x, NUMBERS)
+    ]
+    return ShapeError(
+        f"{name} got operands whose shapes do not broadcast:\n" + "\n".join(lines) + "\n"
+        "Aligned at the last dimension, lengths must be equal or 1; add dimensions of length 1 with "
+        "x.unsqueeze(dim), or swap them with x.transpose(a, b)."
+    )
+
+
+def promoted_dtype(inputs: Sequence[Any], needs_float: bool) -> np.dtype:
+    """The dtype that numbers are computed in, by PyTorch's promotion rules."""
+    dimensioned, zero_d, scalars = [], [], []
+    for x in inputs:
+        if isinstance(x, NUMBERS):
+            scalars.append(x)
+        else:
+            array = x._data if isinstance(x, Tensor) else x
+            (dimensioned if array.ndim else zero_d).append(array.dtype)
+    dtype = dtypes.result_type(dimensioned, zero_d, scalars)
+    return dtypes.get_default_dtype() if needs_float and dtype.kind != "f" else dtype
+
+
+def check_in_place(name: str, target: Tensor, dtype: np.dtype, shape: tuple[int, ...], recording: bool) -> None:
+    """Whether `target` can take a result of this dtype and shape in place."""
+    if recording and target._requires_grad and target._node is None:
+        raise AutogradError(
+            f"{name}_ would change a leaf that requires grad in place, and its gradient would be that of another "
+            f"value. Do it inside `with gpuad.no_grad():`, or out of place."
+        )
+    if recording and target._view_of is not None:
+        raise AutogradError(
+            f"{name}_ would change a view of a tensor on the tape in place. Write through the tensor itself "
+            "(x[index] = value is recorded), use the operation out of place, or clone() the view first."
+        )
+    if not dtypes.can_cast(dtype, target._data.dtype):
+        raise DtypeError(
+            f"{name}_ computes {dtype}, which cannot be stored in a {target.dtype} tensor without loss of kind; "
+            f"use the operation out of place or convert first, e.g. x.to(gpuad.{dtype})."
+        )
+    if shape != target._data.shape:
+        raise ShapeError(
+            f"{name}_ computes shape {tuple(shape)}, which does not fit the tensor of shape {tuple(target.shape)} "
+            "it is to be stored in; in place, only the other operands broadcast."
+        )
+
+
+def writable(name: str, target: Tensor) -> Any:
+    """The array of a tensor that is about to be written; error where elements share memory."""
+    array = target._data
+    if any(s == 0 and n > 1 for s, n in zip(array.strides, array.shape, strict=True)):
+        raise ShapeError(
+            f"{name}_ would write to an expanded tensor, whose elements share memory; clone() it first."
+        )
+    return array
+
+
+def new_tensor(array: Any, device: Device) -> Tensor:
+    """A fresh Tensor around a result."""
+    return wrap(array, device)

@@ -1,0 +1,249 @@
+"""Operations that are not elementwise: a forward function on arrays, and rules that name what they need.
+
+    matmul = primitive(
+        "matmul",
+        lambda backend, a, b: backend.gemm(a, b),
+        vjp={"a": lambda g, b: matmul(g, mT(b)), "b": lambda g, a: matmul(mT(a), g)},
+        jvp=multilinear,
+    )
+
+The parameters of `forward` after `backend` are the inputs; keyword-only ones are parameters that are no tensors. A rule
+asks for what it needs by its parameter names: `g`, an input (which is then saved), `out` (the output, saved),
+`<input>_shape`, `<input>_dtype`, or a parameter of the op. Nothing else is kept alive. A rule with a parameter `into`
+gets (buffer, beta) when the gradient may be written straight into a leaf's buffer, else None.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gpuad.array.device import of_array
+from gpuad.autograd.modes import state
+from gpuad.autograd.node import Node
+from gpuad.autograd.op import NUMBERS, Interpreters, Op, as_operand, check_devices
+from gpuad.autograd.walk import WRITTEN
+from gpuad.errors import FormulaError
+from gpuad.kernels.expr import Expr
+from gpuad.tensor import Tensor, wrap
+
+linear = "linear"  # jvp of an op that is linear in all of its inputs together
+multilinear = "multilinear"  # jvp of an op that is linear in each of its inputs
+
+
+class _Rule:
+    """A derivative rule and what it asks for."""
+
+    __slots__ = ("function", "names", "into", "joint")
+
+    def __init__(self, function: Callable) -> None:
+        self.function = function
+        self.names = tuple(inspect.signature(function).parameters)
+        self.into = "into" in self.names
+
+
+class Primitive(Op):
+    """An operation declared by its forward function and its rules; see the top of this file.
+
+    view: the output shares the memory of input 0 (on every device), and with it the version.
+    outputs: how many outputs; of several only the first `differentiable` take part in differentiation.
+    moves: the output lies on the device in the parameter `device`.
+    variadic: the inputs are one sequence of any length; the only rule, "inputs", returns a list.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        forward: Callable,
+        vjp: dict[str, Callable] | None = None,
+        jvp: Any = None,
+        samples: Sequence[Any] = (),
+        doc: str = "",
+        view: bool = False,
+        outputs: int = 1,
+        variadic: bool = False,
+        moves: bool = False,
+        register: bool = True,
+    ) -> None:
+        super().__init__(name, doc, samples, register)
+        self.forward = forward
+        parameters = list(inspect.signature(forward).parameters.values())[1:]
+        self.names = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        self.view, self.outputs, self.variadic, self.moves = view, outputs, variadic, moves
+        self.rules = {k: _Rule(f) for k, f in (vjp or {}).items()}
+        self.jvp = {k: _Rule(f) for k, f in jvp.items()} if isinstance(jvp, dict) else jvp
+        self._saves: dict[tuple[int, ...], tuple[tuple[int, ...], bool]] = {}
+
+    def saves(self, wanted: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
+        """Which inputs the rules of the wanted inputs read, and whether they read the output."""
+        found = self._saves.get(wanted)
+        if found is None:
+            asked = {n for i in wanted if self.names[i] in self.rules for n in self.rules[self.names[i]].names}
+            inputs = tuple(i for i, n in enumerate(self.names) if n in asked)
+            found = self._saves[wanted] = inputs, "out" in asked
+        return found
+
+    # Forward ----------------------------------------------------------------------------------------------------------
+
+    def __call__(self, *inputs: Any, **params: Any) -> Any:
+        arrays = []
+        device = None
+        wanted: tuple[int, ...] = ()
+        for i, x in enumerate(inputs):
+            if isinstance(x, Tensor):
+                arrays.append(x._data)
+                if device is None:
+                    device = x._device
+                elif x._device is not device:
+                    check_devices(self.name, inputs, None if self.variadic else self.names)
+                if x._requires_grad:
+                    wanted = (*wanted, i)
+            elif x is None or isinstance(x, NUMBERS):
+                arrays.append(x)
+            elif isinstance(x, Expr):
+                raise FormulaError(
+                    f"{self.name} is not elementwise, so it cannot be used in a formula; a formula sees one element at "
+                    "a time. Compute it before or after the fused function."
+                )
+            elif device is None and not any(isinstance(y, Tensor) for y in inputs):
+                return self.forward(of_array(x).backend, *inputs, **params)
+            else:
+                arrays.append(as_operand(self.name, x))
+        if Interpreters.active:
+            result = Interpreters.apply(self, inputs, params)
+            if result is not NotImplemented:
+                return result
+        if device is None:
+            raise TypeError(f"{self.name} needs at least one Tensor.")
+        data = self.forward(device.backend, *arrays, **params)
+        if self.moves:
+            device = params["device"]
+        if self.outputs > 1:
+            outs = tuple([wrap(d, device) for d in data])
+            out = outs[0]
+        else:
+            outs = out = wrap(data, device)  # type: ignore[assignment]
+        if self.view:
+            out._cell = inputs[0]._cell
+        if wanted and state.enabled and out._data.dtype.kind == "f" and self.rules:
+            self._record(inputs, arrays, out, wanted, params)
+        return outs
+
+    def _record(
+        self, inputs: Sequence[Any], arrays: Sequence[Any], out: Tensor, wanted: tuple[int, ...], params: dict
+    ) -> None:
+        if self.variadic:
+            kept: tuple[int, ...] = ()
+            keep_out = False
+        else:
+            kept, keep_out = self.saves(wanted)
+        saved = [arrays[i] for i in kept]
+        cells = [inputs[i]._cell for i in kept if isinstance(inputs[i], Tensor)]
+        if keep_out:
+            saved.append(out._data)
+            cells.append(out._cell)
+        version = 0
+        for cell in cells:
+            version += cell[0]
+        parents: list[Any] = [None] * len(inputs)
+        for i in wanted:
+            x = inputs[i]
+            parents[i] = x if x._node is None else x._node
+        shapes = [None if a is None or isinstance(a, NUMBERS) else (a.shape, a.dtype) for a in arrays]
+        info = (kept, keep_out, shapes, params)
+        out._node = Node(self, tuple(parents), tuple(saved), tuple(cells), version, info, out._device)
+        out._requires_grad = True
+        if self.view:
+            out._view_of = inputs[0]
+
+    # Reverse mode -----------------------------------------------------------------------------------------------------
+
+    def _values(self, node: Node, gradient: Any, saved: Sequence[Any]) -> dict[str, Any]:
+        kept, keep_out, shapes, params = node.info
+        values = {"g": gradient, **params}
+        for i, value in zip(kept, saved, strict=False):
+            values[self.names[i]] = value
+        if keep_out:
+            values["out"] = saved[-1]
+        if self.variadic:
+            values["shapes"] = [s[0] for s in shapes]
+            values["wanted"] = [p is not None for p in node.parents]
+            return values
+        for name, entry in zip(self.names, shapes, strict=False):
+            if entry is not None:
+                values[f"{name}_shape"], values[f"{name}_dtype"] = entry
+        return values
+
+    def backward(self, node: Node, gradient: Any, into: Callable) -> list[Any]:
+        saved = node.check()
+        values = self._values(node, gradient, saved)
+        return self._apply(node, values, into)
+
+    def _apply(self, node: Node, values: dict[str, Any], into: Callable) -> list[Any]:
+        if self.variadic:
+            rule = self.rules["inputs"]
+            return list(rule.function(*[values[n] for n in rule.names]))
+        results: list[Any] = []
+        for i, parent in enumerate(node.parents):
+            rule = None if parent is None else self.rules.get(self.names[i])  # type: ignore[assignment]
+            if rule is None:
+                results.append(None)
+            elif rule.into:
+                target = values["into"] = into(i)
+                result = rule.function(*[values[n] for n in rule.names])
+                if target is not None:
+                    assert result is target[0], f"the rule of {self.name} for {self.names[i]} ignored `into`"
+                    result = WRITTEN
+                results.append(result)
+            else:
+                results.append(rule.function(*[values[n] for n in rule.names]))
+        return results
+
+    def backward_recorded(self, node: Node, gradient: Any, into: Callable) -> list[Any]:
+        kept, keep_out, _, _ = node.info
+        arrays = node.check()
+        saved = [node.saved_tensor(a, node.parents[i]) for a, i in zip(arrays, kept, strict=False)]
+        if keep_out:
+            saved.append(node.saved_tensor(arrays[-1], node))
+        return self._apply(node, self._values(node, gradient, saved), _no_buffer)
+
+    # Forward mode -----------------------------------------------------------------------------------------------------
+
+    def tangent(self, inputs: Sequence[Any], tangents: Sequence[Any], params: dict) -> tuple[Any, Any]:
+        out = self(*inputs, **params)
+        first = out[0] if self.outputs > 1 else out
+        total = None
+        if self.jvp == linear:
+            moving = [
+                t if t is not None or not isinstance(x, Tensor) else x.new_zeros(x.shape)
+                for x, t in zip(inputs, tangents, strict=True)
+            ]
+            total = self(*moving, **params)
+        elif self.jvp == multilinear:
+            for i, t in enumerate(tangents):
+                if t is not None:
+                    term = self(*inputs[:i], t, *inputs[i + 1 :], **params)
+                    total = term if total is None else total + term
+        elif isinstance(self.jvp, dict):
+            values = {**params, "out": first, "outputs": out}
+            for name, x in zip(self.names, inputs, strict=False):
+                values[name] = x
+                if isinstance(x, Tensor):
+                    values[f"{name}_shape"] = tuple(x._data.shape)
+            for i, t in enumerate(tangents):
+                rule = self.jvp.get(self.names[i])
+                if t is not None and rule is not None:
+                    values["t"] = t
+                    term = rule.function(*[values[n] for n in rule.names])
+                    total = term if total is None else total + term
+        elif first._data.dtype.kind == "f" and self.rules:
+            raise NotImplementedError(f"{self.name} has no forward-mode rule; its jvp is not declared.")
+        return (out, [total, *[None] * (self.outputs - 1)]) if self.outputs > 1 else (out, total)
+
+
+def _no_buffer(i: int) -> None:
+    """No leaf's buffer to write into."""
+
+
+primitive = Primitive

@@ -1,0 +1,31 @@
+"""The exceptions of gpuad. Each text says what was given, what was expected and how to mend it."""
+
+from __future__ import annotations
+
+
+class GpuadError(Exception):
+    """Base of every exception that gpuad raises of its own."""
+
+
+class DeviceError(GpuadError, RuntimeError):
+    """A device is not there, or operands are on different devices."""
+
+
+class ShapeError(GpuadError, ValueError):
+    """Shapes do not fit together, or a dimension does not exist."""
+
+
+class DtypeError(GpuadError, TypeError):
+    """A dtype is not one that the operation takes."""
+
+
+class AutogradError(GpuadError, RuntimeError):
+    """The graph cannot be walked: freed, changed in place, or never recorded."""
+
+
+class FormulaError(GpuadError, TypeError):
+    """A function cannot be traced as an elementwise formula."""
+
+
+class MissingPackageError(GpuadError, ImportError):
+    """An optional package is needed and is not installed; the text names the pip command."""

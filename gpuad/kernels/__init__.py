@@ -1,0 +1,1 @@
+"""Formulas: traced to expressions, differentiated symbolically, run as NumPy programs or CUDA kernels."""

@@ -1,0 +1,262 @@
+"""Between dtypes, devices, hosts and people: to(), numpy(), item(), repr, DLPack, NumPy's protocols."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gpuad.array import dtypes
+from gpuad.array.device import Device, as_device
+from gpuad.autograd.op import function
+from gpuad.autograd.primitive import linear, primitive
+from gpuad.errors import AutogradError
+from gpuad.tensor import Tensor, wrap
+
+cast = primitive(
+    "cast",
+    lambda backend, input, *, dtype: input.astype(dtype),
+    vjp={"input": lambda g, input_dtype: _back(g, input_dtype)},
+    jvp=linear,
+    doc="The elements in another dtype.",
+)
+
+
+def _back(g: Any, dtype: np.dtype) -> Any:
+    return g.to(dtype) if isinstance(g, Tensor) else g.astype(dtype)
+
+
+# A copy to another device; the gradient is copied back to where the input came from.
+move = primitive(
+    "move",
+    lambda backend, input, *, device, source: device.backend.receive(input),
+    vjp={"input": lambda g, source, device: move(g, device=source, source=device)},
+    jvp=linear,
+    doc="A copy on another device.",
+    moves=True,
+)
+
+
+@function
+def to(input: Tensor, *args: Any, dtype: Any = None, device: Any = None, non_blocking: bool = False,
+       copy: bool = False) -> Tensor:  # fmt: skip
+    """The tensor in another dtype and/or on another device; itself where nothing changes and copy is False.
+
+    to(dtype), to(device), to(device, dtype), to(other). Differentiable: the gradient goes back to where and what it
+    came from.
+    """
+    for arg in args:
+        if isinstance(arg, Tensor):
+            device, dtype = arg._device, arg._data.dtype
+        elif isinstance(arg, bool):
+            non_blocking = arg
+        elif arg is None:
+            continue
+        elif isinstance(arg, Device) or (isinstance(arg, str) and arg.partition(":")[0] in ("cpu", "cuda")):
+            device = arg
+        elif isinstance(arg, int):
+            device = f"cuda:{arg}"
+        else:
+            dtype = arg
+    wanted = input._data.dtype if dtype is None else dtypes.as_dtype(dtype)
+    place = input._device if device is None else as_device(device)
+    out = input
+    if wanted != input._data.dtype:
+        out = cast(out, dtype=wanted)
+    if place is not input._device:
+        out = move(out, device=place, source=input._device)
+    return out.clone() if copy and out is input else out
+
+
+@function
+def cpu(input: Tensor) -> Tensor:
+    """The tensor on cpu."""
+    return to(input, "cpu")
+
+
+@function
+def cuda(input: Tensor, device: Any = None) -> Tensor:
+    """The tensor on a CUDA device, the current one unless given."""
+    return to(input, "cuda" if device is None else as_device(device))
+
+
+@function
+def type_as(input: Tensor, other: Tensor) -> Tensor:
+    """The tensor in the dtype of another."""
+    return to(input, other.dtype)
+
+
+def _caster(name: str, dtype: np.dtype) -> Any:
+    def method(input: Tensor) -> Tensor:
+        return to(input, dtype)
+
+    method.__name__, method.__doc__ = name, f"The tensor as {dtype}."
+    return method
+
+
+for _name in ("half", "double", "short", "long"):
+    setattr(Tensor, _name, _caster(_name, dtypes.BY_NAME[_name]))
+Tensor.float, Tensor.int, Tensor.bool = (  # type: ignore[attr-defined]
+    _caster("float", dtypes.float32), _caster("int", dtypes.int32), _caster("bool", dtypes.bool_),
+)  # fmt: skip
+
+
+# To the host ----------------------------------------------------------------------------------------------------------
+
+
+def item(self: Tensor) -> Any:
+    """The number in a tensor of one element; waits for the device."""
+    if self._data.size != 1:
+        raise ValueError(f"item() takes a tensor of one element, this one has shape {tuple(self.shape)}; see tolist().")
+    return self._device.backend.to_host(self._data).item()
+
+
+def tolist(self: Tensor) -> Any:
+    """The elements as nested lists of Python numbers; waits for the device."""
+    return self._device.backend.to_host(self._data).tolist()
+
+
+def numpy(self: Tensor, *, force: bool = False) -> np.ndarray:
+    """The elements as a numpy.ndarray that shares the memory of a cpu tensor.
+
+    Refused for tensors that require grad (detach() first) and on CUDA (cpu() first), unless force=True does both.
+    """
+    if not force:
+        if self._requires_grad:
+            raise AutogradError("numpy() of a tensor that requires grad would lose the graph; use x.detach().numpy().")
+        if self._device.type != "cpu":
+            raise TypeError(f"numpy() of a tensor on {self._device}; copy it to the host first: x.cpu().numpy().")
+    return self._device.backend.to_host(self._data)
+
+
+def _no_graph_lost(self: Tensor, what: str) -> None:
+    if self._requires_grad:
+        raise AutogradError(
+            f"{what} of a tensor that requires grad would lose the graph silently; use x.detach() if that is meant."
+        )
+
+
+def array_protocol(self: Tensor, dtype: Any = None, copy: Any = None) -> np.ndarray:
+    """numpy.asarray(tensor): for cpu tensors that require no grad."""
+    _no_graph_lost(self, "A NumPy array")
+    if self._device.type != "cpu":
+        raise TypeError(f"A NumPy array of a tensor on {self._device}; copy it to the host first: x.cpu().")
+    array = self._data
+    if dtype is not None and np.dtype(dtype) != array.dtype:
+        return array.astype(dtype)
+    return array.copy() if copy else array
+
+
+def cuda_array_interface(self: Tensor) -> Any:
+    """CuPy's and Numba's view of a CUDA tensor that requires no grad."""
+    if self._device.type != "cuda":
+        raise AttributeError("__cuda_array_interface__ is for tensors on CUDA devices.")
+    if self._requires_grad:
+        raise AttributeError(
+            "__cuda_array_interface__ of a tensor that requires grad would lose the graph silently; use x.detach()."
+        )
+    return self._data.__cuda_array_interface__
+
+
+def dlpack(self: Tensor, **kwargs: Any) -> Any:
+    """The tensor's memory as a DLPack capsule, without a copy."""
+    _no_graph_lost(self, "A DLPack capsule")
+    return self._data.__dlpack__(**kwargs)
+
+
+def dlpack_device(self: Tensor) -> Any:
+    """(kind, index) of the device, as DLPack numbers them."""
+    return self._data.__dlpack_device__()
+
+
+def _number(kind: type) -> Any:
+    def convert(self: Tensor) -> Any:
+        return kind(item(self))
+
+    convert.__doc__ = f"{kind.__name__}(item())."
+    return convert
+
+
+def to_bool(self: Tensor) -> bool:
+    """Whether the one element is not zero; waits for the device."""
+    if self._data.size != 1:
+        raise ValueError(
+            f"The truth value of a tensor of shape {tuple(self.shape)} is ambiguous; use any() or all()."
+        )
+    return bool(item(self))
+
+
+def to_index(self: Tensor) -> int:
+    """The number of an integer tensor of one element, as an index."""
+    if self._data.dtype.kind not in "iu" or self._data.size != 1:
+        raise TypeError("Only integer tensors of one element can be used as an index.")
+    return item(self)
+
+
+def representation(self: Tensor) -> str:
+    """tensor(values, device=…, dtype=…, grad_fn=…) as PyTorch prints it."""
+    host = self._device.backend.to_host(self._data)
+    body = np.array2string(host, separator=", ", precision=4, threshold=1000, edgeitems=3, prefix="tensor(")
+    extra = [body]
+    if self._device.type != "cpu":
+        extra.append(f"device='{self._device}'")
+    default = {"f": dtypes.get_default_dtype(), "i": dtypes.int64, "b": dtypes.bool_}.get(host.dtype.kind)
+    if host.dtype != default or not host.size:
+        extra.append(f"dtype=gpuad.{host.dtype}")
+    if self._node is not None:
+        extra.append(f"grad_fn=<{self._node.op.name}>")
+    elif self._requires_grad:
+        extra.append("requires_grad=True")
+    return f"tensor({', '.join(extra)})"
+
+
+def text_format(self: Tensor, spec: str) -> str:
+    """format() of the number of a 0-d tensor, else of the repr."""
+    return format(item(self), spec) if not self._data.ndim else format(str(self), spec)
+
+
+def deep_copy(self: Tensor, memo: dict) -> Tensor:
+    """A leaf with its own memory (copy.deepcopy); non-leaves cannot be copied."""
+    if self._node is not None:
+        raise AutogradError("Only leaf tensors can be deep-copied; use x.detach().clone() or x.clone().")
+    if id(self) in memo:
+        return memo[id(self)]
+    made = wrap(self._device.backend.copy(self._data), self._device, type(self))
+    made._requires_grad = self._requires_grad
+    memo[id(self)] = made
+    if self._grad is not None:
+        made._grad = deep_copy(self._grad, memo)
+    return made
+
+
+def _rebuild(cls: type, array: np.ndarray, device: str, requires_grad: bool) -> Tensor:
+    made = wrap(as_device(device).backend.asarray(array), as_device(device), cls)
+    made._requires_grad = requires_grad
+    return made
+
+
+def reduce(self: Tensor, protocol: Any) -> Any:
+    """Pickling (for sending to another process): the elements, the device's name, requires_grad."""
+    if self._node is not None:
+        raise AutogradError("Only leaf tensors can be pickled; detach() first.")
+    host = self._device.backend.to_host(self._data)
+    return _rebuild, (type(self), host, str(self._device), self._requires_grad)
+
+
+def copy_(self: Tensor, src: Any, non_blocking: bool = False) -> Tensor:
+    """Write the elements of src (broadcast, converted, from any device) into this tensor; recorded."""
+    if isinstance(src, Tensor):
+        src = to(src, self._device, self._data.dtype)
+    self[...] = src
+    return self
+
+
+_METHODS = {
+    "item": item, "tolist": tolist, "numpy": numpy, "__array__": array_protocol, "__dlpack__": dlpack,
+    "__dlpack_device__": dlpack_device, "__float__": _number(float), "__int__": _number(int),
+    "__complex__": _number(complex), "__bool__": to_bool, "__index__": to_index, "__repr__": representation,
+    "__format__": text_format, "__deepcopy__": deep_copy, "__reduce_ex__": reduce, "copy_": copy_,
+}  # fmt: skip
+for _name, _function in _METHODS.items():
+    setattr(Tensor, _name, _function)
+Tensor.__cuda_array_interface__ = property(cuda_array_interface)  # type: ignore[attr-defined]

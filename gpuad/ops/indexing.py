@@ -1,0 +1,344 @@
+"""Indexing: basic, advanced, boolean; reading and assignment; gather, scatter, sorting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gpuad.autograd.modes import state
+from gpuad.autograd.op import NUMBERS, check_devices, check_in_place, function, writable
+from gpuad.autograd.primitive import linear, primitive
+from gpuad.errors import DtypeError, ShapeError
+from gpuad.ops.reduction import Extreme, axis_of, sum_to_size
+from gpuad.tensor import Tensor, wrap
+
+
+def _array_key(key: Any, input: Tensor) -> tuple[tuple, bool]:
+    """An index as a tuple of slices, ints, None, Ellipsis and bare index arrays, and whether it is basic (a view)."""
+    parts = key if isinstance(key, tuple) else (key,)
+    basic = True
+    converted: list[Any] = []
+    for part in parts:
+        if isinstance(part, Tensor):
+            if part._device is not input._device:
+                if part._data.ndim or part._device.type != "cpu":
+                    check_devices("indexing", (input, part), ("input", "index"))
+            if part._data.dtype.kind == "f":
+                raise DtypeError(f"An index must be integers or bools, got a {part.dtype} tensor; convert: i.long().")
+            part = part._data
+            basic = False
+        elif isinstance(part, (list, np.ndarray, range)):
+            part = np.asarray(part)
+            if part.dtype.kind == "f" and part.size:
+                raise DtypeError(f"An index must be integers or bools, got {part.dtype} values.")
+            if not part.size and part.dtype.kind == "f":
+                part = part.astype(np.int64)
+            part = input._device.backend.asarray(part)
+            basic = False
+        elif isinstance(part, (bool, np.bool_)):
+            part = np.bool_(part)
+            basic = False
+        elif isinstance(part, np.integer):
+            part = int(part)
+        elif not (part is None or part is Ellipsis or isinstance(part, (int, slice))):
+            raise TypeError(f"A tensor cannot be indexed with a {type(part).__name__}; use ints, slices, None, …, "
+                            "integer or bool tensors.")  # fmt: skip
+        if isinstance(part, slice) and part.step is not None and int(part.step) < 0:
+            raise ValueError("A slice of a tensor cannot have a negative step; use flip().")
+        if isinstance(part, slice):
+            part = slice(*(None if v is None else int(v) for v in (part.start, part.stop, part.step)))
+        converted.append(part)
+    return tuple(converted), basic
+
+
+def _read(backend: Any, input: Any, *, key: Any) -> Any:
+    return backend.xp.asarray(input[key])
+
+
+def _scatter_add(backend: Any, input: Any, *, shape: tuple[int, ...], key: Any, basic: bool) -> Any:
+    out = backend.full(shape, 0, input.dtype)
+    if basic:
+        out[key] = input
+    else:
+        backend.add_at(out, key, input)
+    return out
+
+
+# Zeros of a shape with the input added at an index: the transpose of reading at that index.
+scatter_back = primitive(
+    "index_add",
+    _scatter_add,
+    vjp={"input": lambda g, key, basic: (slice_ if basic else take)(g, key=key)},
+    jvp=linear,
+    doc="Zeros with the input added at an index; repeated places add up.",
+)
+slice_ = primitive(
+    "slice", _read, vjp={"input": lambda g, input_shape, key: scatter_back(g, shape=input_shape, key=key, basic=True)},
+    jvp=linear, doc="A basic index: ints and slices, a view.", view=True,
+)  # fmt: skip
+take = primitive(
+    "index", _read, vjp={"input": lambda g, input_shape, key: scatter_back(g, shape=input_shape, key=key, basic=False)},
+    jvp=linear, doc="An advanced index: integer or bool arrays, a copy.",
+)  # fmt: skip
+
+
+def getitem(self: Tensor, key: Any) -> Tensor:
+    """self[key]: a view for ints and slices, a copy for integer and bool tensors; NumPy's rules."""
+    found, basic = _array_key(key, self)
+    _check_bounds(self, found)
+    try:
+        return slice_(self, key=found) if basic else take(self, key=found)
+    except IndexError as error:
+        raise IndexError(f"{error} (the tensor has shape {tuple(self.shape)})") from error
+
+
+def _check_bounds(self: Tensor, key: tuple) -> None:
+    """Index arrays are checked before they are used (on CUDA, CuPy would wrap them around silently)."""
+    if all(not hasattr(k, "dtype") or k.dtype.kind == "b" for k in key):
+        return
+    consumed = sum(getattr(k, "ndim", 1) if getattr(k, "dtype", None) is not None and k.dtype.kind == "b" else 1
+                   for k in key if k is not None and k is not Ellipsis)  # fmt: skip
+    axis = 0
+    for k in key:
+        if k is None:
+            continue
+        if k is Ellipsis:
+            axis += self._data.ndim - consumed
+            continue
+        if hasattr(k, "dtype") and k.dtype.kind in "iu" and axis < self._data.ndim:
+            self._device.backend.check_index(k, self._data.shape[axis], "index")
+        axis += k.ndim if hasattr(k, "dtype") and k.dtype.kind == "b" else 1
+
+
+def _write(backend: Any, input: Any, value: Any, *, key: Any) -> Any:
+    out = backend.copy(input)
+    out[key] = value
+    return out
+
+
+def _zero_at(g: Any, key: Any) -> Any:
+    if isinstance(g, Tensor):
+        return index_put_(g, g.new_zeros(()), key=key, basic=False)
+    out = g.copy()
+    out[key] = 0
+    return out
+
+
+def _value_rule(g: Any, value_shape: Any, key: Any, basic: bool) -> Any:
+    picked = (slice_ if basic else take)(g, key=key)
+    return sum_to_size(picked, value_shape)
+
+
+# input with value at an index; recorded for assignments.
+index_put_ = primitive(
+    "index_put",
+    lambda backend, input, value, *, key, basic: _write(backend, input, value, key=key),
+    vjp={"input": lambda g, key: _zero_at(g, key), "value": _value_rule},
+    jvp={
+        "input": lambda t, key: _zero_at(t, key),
+        "value": lambda t, input_shape, key, basic: scatter_back(
+            _fit(t, key, input_shape), shape=input_shape, key=key, basic=basic
+        ),
+    },
+    doc="The input with a value written at an index.",
+)
+
+
+def _fit(t: Tensor, key: Any, shape: Any) -> Tensor:
+    picked = np.empty(shape, np.int8)[_host_key(key)]
+    return t.expand(picked.shape)
+
+
+def _host_key(key: Any) -> Any:
+    return tuple(k.get() if hasattr(k, "get") else k for k in key)
+
+
+def setitem(self: Tensor, key: Any, value: Any) -> None:
+    """self[key] = value, in place, recorded on the tape; value broadcasts to the place."""
+    found, basic = _array_key(key, self)
+    _check_bounds(self, found)
+    if not isinstance(value, (Tensor, *NUMBERS)):
+        value = wrap(self._device.backend.asarray(np.asarray(value, self._data.dtype)), self._device)
+    check_devices("assignment", (self, value), ("tensor", "value"))
+    grad_wanted = self._requires_grad or (isinstance(value, Tensor) and value._requires_grad)
+    recording = state.enabled and grad_wanted
+    check_in_place("setitem", self, self._data.dtype, self._data.shape, recording)
+    data = writable("setitem", self)
+    array = value._data if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor) and value._cell is self._cell:
+        array = array.copy()
+    shape = data[found].shape if basic else None
+    if isinstance(value, Tensor) and basic and value._data.ndim > len(shape):  # type: ignore[arg-type]
+        array = array.reshape(array.shape[-len(shape) :] if shape else ())  # type: ignore[arg-type]
+    try:
+        data[found] = array
+    except ValueError as error:
+        given = tuple(value.shape) if isinstance(value, Tensor) else value
+        raise ShapeError(f"A value of shape {given} does not fit the indexed place of a {tuple(self.shape)} tensor: "
+                         f"{error}.") from error  # fmt: skip
+    self._cell[0] += 1
+    if recording:
+        before = wrap(data, self._device)
+        before._node, before._requires_grad, before._cell = self._node, self._requires_grad, self._cell
+        operand = value if isinstance(value, Tensor) else None
+        wanted = tuple(i for i, x in enumerate((before, operand)) if x is not None and x._requires_grad)
+        params = {"key": found, "basic": basic}
+        index_put_._record((before, operand), (data, None if operand is None else array), self, wanted, params)
+
+
+Tensor.__getitem__ = getitem  # type: ignore[method-assign, assignment]
+Tensor.__setitem__ = setitem  # type: ignore[method-assign, assignment]
+
+
+@function
+def index_select(input: Any, dim: int, index: Tensor) -> Any:
+    """The entries `index` (1-d, integers) along `dim`."""
+    at = axis_of("index_select", dim, input.ndim)
+    return input[(slice(None),) * at + (index,)]
+
+
+@function
+def masked_fill(input: Any, mask: Tensor, value: Any) -> Any:
+    """input, but value where mask (bool) holds."""
+    from gpuad.ops.arithmetic import where
+
+    return where(mask, value, input)
+
+
+@function
+def masked_select(input: Any, mask: Tensor) -> Any:
+    """The elements where mask holds, one-dimensional; waits for the device to know how many."""
+    return input.expand(np.broadcast_shapes(tuple(input.shape), tuple(mask.shape)))[
+        mask.expand(np.broadcast_shapes(tuple(input.shape), tuple(mask.shape)))
+    ]
+
+
+def _gather_key(backend: Any, index: Any, dim: int) -> tuple:
+    grid = backend.xp.ogrid[tuple(slice(n) for n in index.shape)] if index.ndim else []
+    key = list(grid)
+    key[dim] = index
+    return tuple(key)
+
+
+gather_ = primitive(
+    "gather",
+    lambda backend, input, *, index, dim: backend.xp.take_along_axis(input, index, dim)
+    if input.shape[:dim] + input.shape[dim + 1 :] == index.shape[:dim] + index.shape[dim + 1 :]
+    else input[_gather_key(backend, index, dim)],
+    vjp={"input": lambda g, input_shape, index, dim: scatter_add_(g, shape=input_shape, index=index, dim=dim)},
+    jvp=linear,
+    doc="Elements picked along a dimension.",
+)
+
+
+def _scatter(backend: Any, input: Any, *, shape: Any, index: Any, dim: int) -> Any:
+    out = backend.full(shape, 0, input.dtype)
+    backend.add_at(out, _gather_key(backend, index, dim), input)
+    return out
+
+
+scatter_add_ = primitive(
+    "gather_transpose",
+    _scatter,
+    vjp={"input": lambda g, index, dim: gather_(g, index=index, dim=dim)},
+    jvp=linear,
+    doc="Zeros with elements added along a dimension.",
+)
+
+
+@function
+def gather(input: Any, dim: int, index: Tensor) -> Any:
+    """out[i][j] = input[index[i][j]][j] for dim 0, and so on; index (int64) has as many dimensions as input."""
+    if index.ndim != input.ndim:
+        raise ShapeError(f"gather() needs an index with {input.ndim} dimensions, got {index.ndim}.")
+    check_devices("gather", (input, index), ("input", "index"))
+    at = axis_of("gather", dim, input.ndim)
+    input._device.backend.check_index(index._data, input._data.shape[at], "gather index")
+    return gather_(input, index=index._data, dim=at)
+
+
+@function
+def scatter_add(input: Any, dim: int, index: Tensor, src: Any) -> Any:
+    """input with src added at index along `dim`; repeated places add up."""
+    at = axis_of("scatter_add", dim, input.ndim)
+    input._device.backend.check_index(index._data, input._data.shape[at], "scatter index")
+    if src._data.shape != index._data.shape:
+        src = src[tuple(slice(n) for n in index.shape)]
+    return input + scatter_add_(src, shape=input._data.shape, index=index._data, dim=at)
+
+
+@function
+def scatter(input: Any, dim: int, index: Tensor, src: Any) -> Any:
+    """input with src (a tensor or number) written at index along `dim`."""
+    at = axis_of("scatter", dim, input.ndim)
+    input._device.backend.check_index(index._data, input._data.shape[at], "scatter index")
+    if isinstance(src, Tensor):
+        src = src[tuple(slice(n) for n in index.shape)]
+    else:
+        src = input.new_full((), src)
+    key = _gather_key(input._device.backend, index._data, at)
+    return index_put_(input, src, key=key, basic=False)
+
+
+@function
+def nonzero(input: Any, as_tuple: bool = False) -> Any:
+    """The indices of nonzero elements, (n, ndim) int64; waits for the device to know how many."""
+    backend = input._device.backend
+    found = [wrap(backend.xp.asarray(i, dtype=np.int64), input._device) for i in backend.xp.nonzero(input._data)]
+    if as_tuple:
+        return tuple(found)
+    from gpuad.ops.shape import stack
+
+    return stack(found, 1) if found else input.new_zeros((0, 0), dtype="int64")
+
+
+@function
+def argsort(input: Any, dim: int = -1, descending: bool = False, stable: bool = False) -> Any:
+    """The order that sorts `dim`, int64; always stable."""
+    at = axis_of("argsort", dim, input.ndim)
+    xp = input._device.backend.xp
+    data = input._data
+    if not data.ndim:
+        return wrap(xp.zeros((), np.int64), input._device)
+    if descending:
+        found = xp.flip(data.shape[at] - 1 - xp.argsort(xp.flip(data, at), axis=at, kind="stable"), at)
+    else:
+        found = xp.argsort(data, axis=at, kind="stable")
+    return wrap(found.astype(np.int64), input._device)
+
+
+@function
+def sort(input: Any, dim: int = -1, descending: bool = False, stable: bool = False) -> Any:
+    """(values, indices) sorted along `dim`."""
+    order = argsort(input, dim, descending)
+    if not input.ndim:
+        return Extreme((input, order))
+    return Extreme((gather(input, dim, order), order))
+
+
+@function
+def topk(input: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+    """(values, indices) of the k largest (or smallest) entries along `dim`."""
+    at = axis_of("topk", dim, input.ndim)
+    if input.ndim and not 0 <= k <= input.shape[at]:
+        raise ShapeError(f"topk() of {k} entries, but dimension {dim} has length {input.shape[at]}.")
+    order = argsort(input, at, descending=largest)
+    order = order.narrow(at, 0, k) if input.ndim else order
+    return Extreme((gather(input, at, order) if input.ndim else input, order))
+
+
+@function(method=False)
+def one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    """For each class index a row of zeros with a one at that class, int64; −1 takes the largest index + 1."""
+    n = int(tensor.max().item()) + 1 if num_classes < 0 else num_classes
+    backend = tensor._device.backend
+    backend.check_index(tensor._data, n, "class index", wrap_negative=False)
+    hot = backend.xp.equal(tensor._data[..., None], backend.xp.arange(n))
+    return wrap(hot.astype(np.int64), tensor._device)
+
+
+def embedding_lookup(weight: Any, index: Tensor) -> Any:
+    """The rows of weight that index names; rows named twice add up their gradients."""
+    weight._device.backend.check_index(index._data, weight._data.shape[0], "embedding index", wrap_negative=False)
+    return take(weight, key=(index._data,))

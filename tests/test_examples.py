@@ -1,0 +1,115 @@
+"""Each example, run as its reader would run it, with short settings."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("rich", reason='the examples need pip install "gpuad[examples]"')
+pytest.importorskip("sklearn", reason='the examples need pip install "gpuad[examples]"')
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name, *arguments):
+    """What `python examples/NAME ARGUMENTS` prints; it has to exit with status 0 and say nothing on stderr."""
+    finished = subprocess.run(
+        [sys.executable, EXAMPLES / name, *map(str, arguments)],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert finished.stderr == ""
+    return finished.stdout
+
+
+def test_train_mlp_keeps_its_promise(tmp_path):
+    curve, plot = tmp_path / "curve.json", tmp_path / "curve.png"
+    shown = run("train_mlp.py", "--device", "cpu", "--curve", curve, "--plot", plot)
+    history = json.loads(curve.read_text())
+    assert history["test_accuracy"][-1] >= 0.97
+    assert len(history["loss"]) == 20
+    assert shown.rstrip().endswith(
+        f"seed 0  loss {history['loss'][-1]!r}  held-out accuracy {history['test_accuracy'][-1]!r}"
+    )
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.cuda
+def test_train_mlp_has_the_same_curve_on_cuda(tmp_path):
+    curves = {}
+    for device in ("cpu", "cuda"):
+        run("train_mlp.py", "--device", device, "--epochs", 5, "--curve", tmp_path / device)
+        curves[device] = json.loads((tmp_path / device).read_text())
+    assert curves["cuda"]["device"] == "cuda:0"
+    assert curves["cuda"]["loss"] == pytest.approx(curves["cpu"]["loss"], rel=1e-4)
+    assert curves["cuda"]["accuracy"] == curves["cpu"]["accuracy"]
+    assert curves["cuda"]["test_accuracy"] == curves["cpu"]["test_accuracy"]
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "gz"])
+def test_train_mlp_reads_mnist_files(tmp_path, compressed):
+    import gzip
+    import struct
+
+    import numpy as np
+
+    numbers = np.random.default_rng(0)
+    for split, count in (("train", 96), ("t10k", 32)):
+        arrays = {
+            "images-idx3": numbers.integers(0, 256, (count, 28, 28)),
+            "labels-idx1": numbers.integers(0, 10, count),
+        }
+        for kind, array in arrays.items():
+            raw = struct.pack(f">BBBB{array.ndim}i", 0, 0, 8, array.ndim, *array.shape) + array.astype("u1").tobytes()
+            name = f"{split}-{kind}-ubyte"
+            if compressed:
+                tmp_path.joinpath(name + ".gz").write_bytes(gzip.compress(raw))
+            else:
+                tmp_path.joinpath(name).write_bytes(raw)
+    shown = run("train_mlp.py", "--device", "cpu", "--data", tmp_path, "--epochs", 2)
+    assert "96 images to learn from, 32 held out" in shown
+    assert "in_features=784" in shown
+
+
+def largest_difference(shown):
+    return float(re.search(r"largest relative difference: (\S+)", shown)[1])
+
+
+def test_device_switch_within_one_device():
+    assert largest_difference(run("device_switch.py", "--second", "cpu", "--epochs", 2)) == 0
+
+
+def test_device_switch_says_what_is_missing():
+    shown = run("device_switch.py", "--second", "cuda:99", "--epochs", 2)
+    assert "cuda:99" in shown.partition("\n")[0]
+    assert "both runs stay on cpu" in shown
+    assert largest_difference(shown) == 0
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("first, second", [("cpu", "cuda:0"), ("cuda:0", "cpu")])
+def test_device_switch_between_devices(first, second):
+    shown = run("device_switch.py", "--first", first, "--second", second, "--epochs", 4)
+    assert f"<- now on {second}" in shown
+    assert largest_difference(shown) < 1e-4
+
+
+def test_custom_kernel(device):
+    shown = run("custom_kernel.py", "--device", device)
+    assert "exp(" in shown  # of the CUDA source
+    differences = [float(number) for number in re.findall(r"finite differences: (\S+)", shown)]
+    assert len(differences) == 2
+    assert max(differences) < 1e-7
+
+
+def test_forward_and_reverse(device):
+    shown = run("forward_and_reverse.py", "--device", device)
+    assert all(operation in shown for operation in ("mul", "add", "sub"))
+    assert shown.rstrip().endswith("All agree.")
