@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpuad import autograd, errors, ops
+from gpuad import autograd, cuda, errors, func, ops
 from gpuad.array import dtypes as _dtypes
 from gpuad.array.device import Device, set_default_device
 from gpuad.array.device import Device as device
@@ -29,8 +29,6 @@ from gpuad.array.dtypes import (
     uint8,
 )
 from gpuad.array.random import Generator, initial_seed, seed
-from gpuad.autograd import forward as _forward  # noqa: F401  (puts forward mode in place)
-from gpuad.autograd import walk as _walk  # noqa: F401  (puts backward in place)
 from gpuad.autograd.modes import (
     enable_grad,
     inference_mode,
@@ -39,7 +37,9 @@ from gpuad.autograd.modes import (
     no_grad,
     set_grad_enabled,
 )
+from gpuad.autograd.op import for_nn as _for_nn
 from gpuad.autograd.op import functions as _functions
+from gpuad.cuda import get_float32_matmul_precision, set_float32_matmul_precision
 from gpuad.kernels.numpy_program import get_num_threads, set_num_threads
 from gpuad.tensor import Size, Tensor
 
@@ -50,6 +50,6 @@ float = float32
 int = int32
 dtype = type(float32)
 
-for _name, (_function, _is_method) in _functions.items():
-    globals()[_name] = _function
-del _name, _function, _is_method
+for _name in _functions.keys() - _for_nn:
+    globals()[_name] = _functions[_name]
+del _name

@@ -29,3 +29,7 @@ class FormulaError(GpuadError, TypeError):
 
 class MissingPackageError(GpuadError, ImportError):
     """An optional package is needed and is not installed; the text names the pip command."""
+
+
+class SynchronizationError(GpuadError, RuntimeError):
+    """The host would wait for a device while gpuad.cuda.set_sync_debug_mode("error") forbids it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import gpuad
@@ -22,6 +23,9 @@ class _Activation(Module):
     def extra_repr(self) -> str:
         parts = [f"{name}={getattr(self, name)!r}" for name in self.shown]
         return ", ".join(parts + ["inplace=True"] * self.inplace)
+
+    def _call(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        return function(*args, inplace=True) if self.inplace else function(*args)
 
 
 class _InplaceActivation(_Activation):
@@ -77,7 +81,7 @@ class ReLU(_InplaceActivation):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the activation elementwise."""
-        return F.relu(input, self.inplace)
+        return self._call(F.relu, input)
 
 
 class ReLU6(_InplaceActivation):
@@ -85,7 +89,7 @@ class ReLU6(_InplaceActivation):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the activation elementwise."""
-        return F.relu6(input, self.inplace)
+        return self._call(F.relu6, input)
 
 
 class SELU(_InplaceActivation):
@@ -93,7 +97,7 @@ class SELU(_InplaceActivation):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the activation elementwise."""
-        return F.selu(input, self.inplace)
+        return self._call(F.selu, input)
 
 
 class SiLU(_InplaceActivation):
@@ -101,7 +105,7 @@ class SiLU(_InplaceActivation):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the activation elementwise."""
-        return F.silu(input, self.inplace)
+        return self._call(F.silu, input)
 
 
 class Mish(_InplaceActivation):
@@ -109,7 +113,7 @@ class Mish(_InplaceActivation):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the activation elementwise."""
-        return F.mish(input, self.inplace)
+        return self._call(F.mish, input)
 
 
 class Hardsigmoid(_InplaceActivation):
@@ -117,7 +121,7 @@ class Hardsigmoid(_InplaceActivation):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the activation elementwise."""
-        return F.hardsigmoid(input, self.inplace)
+        return self._call(F.hardsigmoid, input)
 
 
 class Hardswish(_InplaceActivation):
@@ -125,7 +129,7 @@ class Hardswish(_InplaceActivation):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the activation elementwise."""
-        return F.hardswish(input, self.inplace)
+        return self._call(F.hardswish, input)
 
 
 class LeakyReLU(_Activation):
@@ -140,7 +144,7 @@ class LeakyReLU(_Activation):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the activation elementwise."""
-        return F.leaky_relu(input, self.negative_slope, self.inplace)
+        return self._call(F.leaky_relu, input, self.negative_slope)
 
 
 class ELU(_Activation):
@@ -155,7 +159,7 @@ class ELU(_Activation):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the activation elementwise."""
-        return F.elu(input, self.alpha, self.inplace)
+        return self._call(F.elu, input, self.alpha)
 
 
 class CELU(_Activation):
@@ -170,7 +174,7 @@ class CELU(_Activation):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the activation elementwise."""
-        return F.celu(input, self.alpha, self.inplace)
+        return self._call(F.celu, input, self.alpha)
 
 
 class Hardtanh(_Activation):
@@ -186,7 +190,7 @@ class Hardtanh(_Activation):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the activation elementwise."""
-        return F.hardtanh(input, self.min_val, self.max_val, self.inplace)
+        return self._call(F.hardtanh, input, self.min_val, self.max_val)
 
 
 class Threshold(_Activation):
@@ -202,7 +206,7 @@ class Threshold(_Activation):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the activation elementwise."""
-        return F.threshold(input, self.threshold, self.value, self.inplace)
+        return self._call(F.threshold, input, self.threshold, self.value)
 
 
 class Softplus(_Activation):

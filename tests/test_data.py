@@ -286,6 +286,15 @@ def test_shuffled_order_is_the_same_on_every_device(device):
     assert orders[0] == orders[1]
 
 
+def test_shuffled_batches_on_a_device_wait_for_nothing(cuda_device, counts):
+    dataset = TensorDataset(gpuad.randn(64, 3, device=cuda_device), gpuad.arange(64, device=cuda_device))
+    loader = DataLoader(dataset, 16, shuffle=True)
+    list(loader)
+    with counts() as record:
+        list(loader)
+    assert record.syncs == 0 and record.copies("h2d") == record.copies("d2h") == (0, 0)
+
+
 def test_lists_collate_functions_and_getitems():
     assert [listed(batch) for batch in DataLoader([5, 6, 7], batch_size=2)] == [[5, 6], [7]]
     assert list(DataLoader([5, 6, 7], 2, collate_fn=sum)) == [11, 7]
@@ -330,6 +339,12 @@ def test_threads_keep_the_order():
     assert [index for batch, _ in loader for index in listed(batch)] == list(range(20))
     threads = {thread for _, batch in loader for thread in listed(batch)}
     assert threading.get_ident() not in threads and len(threads) <= 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_made_on_the_callers_default_device(device, workers):
+    with device:
+        assert [batch.device for batch in DataLoader([1, 2, 3], 2, num_workers=workers)] == [device, device]
 
 
 def test_exceptions_of_threads_are_raised_in_their_place():

@@ -269,6 +269,16 @@ def test_batch_norm_running_statistics(device, momentum, shape):
     assert array(layer.running_var).tolist() == [1] * 4 and layer.num_batches_tracked.item() == 0
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_batch_norm_waits_for_nothing(cuda_device, counts, momentum):
+    layer = nn.BatchNorm1d(4, momentum=momentum, device=cuda_device)
+    x = gpuad.randn(6, 4, device=cuda_device)
+    layer(x)
+    with counts() as record:
+        layer(x)
+    assert record.syncs == 0 and record.copies("h2d") == record.copies("d2h") == (0, 0)
+
+
 def test_batch_norm_without_running_statistics_or_weights(device):
     layer = nn.BatchNorm1d(4, affine=False, track_running_stats=False, device=device)
     (x,) = on(device, X)
@@ -290,7 +300,7 @@ def test_batch_norm_gradients_do_not_reach_the_statistics(device):
 def test_batch_norm_refuses_other_shapes():
     with pytest.raises(ValueError, match=r"2D or 3D input \(got 4D input\)"):
         nn.BatchNorm1d(2)(gpuad.ones(1, 2, 1, 1))
-    with pytest.raises(ValueError, match="(?i)expected more than 1 value"):
+    with pytest.raises(ValueError, match="more than (1|one) value"):
         nn.BatchNorm1d(2)(gpuad.ones(1, 2))
 
 

@@ -522,6 +522,15 @@ def test_clip_grad_norm_of_nothing_and_of_nonfinite():
         nn.utils.clip_grad_norm_([parameter], 1.0, error_if_nonfinite=True)
 
 
+def test_clip_grad_norm_waits_for_nothing(cuda_device, counts):
+    parameter = nn.Parameter(gpuad.zeros(3, 4, device=cuda_device))
+    for _ in range(2):
+        parameter.grad = gpuad.randn(3, 4, device=cuda_device)
+        with counts() as record:
+            nn.utils.clip_grad_norm_([parameter], 0.5)
+    assert record.syncs == 0 and record.copies("h2d") == record.copies("d2h") == (0, 0)
+
+
 def test_clipping_does_not_reach_another_leafs_gradient(device):
     """x + y hands the same gradient to both; scaling one in place must leave the other."""
     x, y = (nn.Parameter(gpuad.zeros(4, device=device)) for _ in range(2))

@@ -7,7 +7,7 @@ from `elementwise`, `reduce`, `rows` and `matmul` is fresh unless `out` was give
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -33,6 +33,13 @@ class Backend:
     device: Device
     language: str
     array_type: type
+
+    # Whether this device is the current one of its array library; the host always is.
+    current: bool = True
+
+    def inside(self, function: Callable, *arguments: Any, **named: Any) -> Any:
+        """Call a function with this device as the current one; for rules that compute on bare arrays themselves."""
+        return function(*arguments, **named)
 
     def enter(self) -> None:
         """Make this device the current one of the array library."""
@@ -95,6 +102,10 @@ class Backend:
         """buffer += b."""
         self.xp.add(buffer, b, out=buffer)
 
+    def cast(self, array: Any, dtype: np.dtype) -> Any:
+        """The array in another dtype; itself where it has that."""
+        return array.astype(dtype, copy=False)
+
     def copy(self, array: Any) -> Any:
         """A fresh C-contiguous copy."""
         return array.copy("C")
@@ -107,6 +118,37 @@ class Backend:
         """x @ weight.T + bias for matrices; bias may be None."""
         raise NotImplementedError
 
+    def check_index(self, index: Any, length: int, what: str, wrap_negative: bool = True) -> None:
+        """See that the integers in `index` name entries of a dimension; with wrap_negative, also from its end.
+
+        Raises IndexError that names the first offender, its position and what is valid. On CUDA that is at the next
+        point at which the host waits for the device (item(), cpu(), cuda.synchronize()); until then CuPy's indexing
+        wraps around.
+        """
+        raise NotImplementedError
+
+    def check_labels(self, labels: Any, classes: int, ignore: int) -> bool:
+        """See that labels name classes or are `ignore`; True when it is known, without a wait, that none is `ignore`.
+
+        On CUDA the kernel that reads at the labels checks them, see check_index.
+        """
+        raise NotImplementedError
+
+    def weighted_mean(self, terms: Any, weights: Any) -> Any:
+        """(Σ terms / Σ weights, Σ weights) of two vectors, as one array of two."""
+        raise NotImplementedError
+
+    def read_at(self, array: Any, key: Any) -> Any:
+        """array[key], a copy, for a tuple `key` that holds integer or bool arrays."""
+        return self.xp.asarray(array[key])
+
+    def add_at(self, out: Any, key: Any, values: Any) -> None:
+        """out[key] += values, where places that `key` names several times take all of theirs.
+
+        On CUDA by atomic additions: sums of floats are then rounded in an order that changes from run to run.
+        """
+        raise NotImplementedError
+
     def synchronize(self) -> None:
         """Wait until all work given to the device is done."""
 
@@ -117,3 +159,10 @@ class Backend:
     def elementwise_mixed(self, formula: Any, arguments: Sequence[Any], dtype: np.dtype, outs: Any = None) -> Any:
         """`elementwise` where arguments may have other dtypes than `dtype`, and may not broadcast (ValueError)."""
         return self.elementwise(formula, self.cast_operands(formula, arguments, dtype), dtype, outs)
+
+    def update(self, program: Any, sets: Sequence[tuple[tuple[float, ...], list]]) -> None:
+        """Run a program of gpuad.kernels.update on the parameters of each set, in place."""
+        if self.current:
+            program.run(sets)
+        else:
+            self.inside(program.run, sets)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from gpuad.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -145,5 +147,7 @@ def set_default_device(spec: Any) -> None:
 
 def of_array(array: Any) -> Device:
     """The device that holds a NumPy or CuPy array."""
+    if isinstance(array, np.ndarray):
+        return cpu
     place = getattr(array, "device", "cpu")
-    return cpu if isinstance(place, str) else Device(f"cuda:{place.id}")
+    return cpu if isinstance(place, str) else Device("cuda", place.id)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from gpuad.array import indices
 from gpuad.array.backend import Backend, Formula
 
 
@@ -106,6 +107,24 @@ class NumpyBackend(Backend):
         out += result
         return out
 
+    def check_index(self, index: np.ndarray, length: int, what: str, wrap_negative: bool = True) -> None:
+        indices.check(index, length, what, wrap_negative)
+
+    def add_at(self, out: np.ndarray, key: Any, values: Any) -> None:
+        indices.add_at(out, key, values)
+
+    def check_labels(self, labels: np.ndarray, classes: int, ignore: int) -> bool:
+        # Negative numbers are the largest unsigned ones: one pass tells that all labels are classes.
+        flat = labels.view(labels.dtype.str.replace("i", "u"))
+        if not flat.size or np.maximum.reduce(flat, axis=None) < classes:
+            return True
+        indices.check(np.where(labels == ignore, 0, labels), classes, "class index", False)
+        return False
+
+    def weighted_mean(self, terms: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        total = np.add.reduce(weights, dtype=terms.dtype)
+        with np.errstate(all="ignore"):
+            return np.array([np.add.reduce(terms) / total, total], terms.dtype)
 
     def linear(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
         if x.dtype.kind != "f" or x.dtype.itemsize == 2:

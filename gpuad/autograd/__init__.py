@@ -1,1 +1,18 @@
 """Automatic differentiation: the tape, the reverse walk, forward mode, grad modes, custom functions, checks."""
+
+from gpuad.autograd.forward import jvp as _jvp  # noqa: F401  (puts forward mode in place)
+from gpuad.autograd.function import Function
+from gpuad.autograd.modes import (
+    enable_grad,
+    inference_mode,
+    is_grad_enabled,
+    no_grad,
+    set_grad_enabled,
+)
+from gpuad.autograd.node import Node
+from gpuad.autograd.walk import backward, grad
+
+__all__ = [
+    "Function", "Node", "backward", "enable_grad", "grad", "inference_mode", "is_grad_enabled", "no_grad",
+    "set_grad_enabled",
+]  # fmt: skip

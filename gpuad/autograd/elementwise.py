@@ -39,27 +39,34 @@ class _Plan:
     incoming one itself. formula: the others together, as a formula of (gradients, saved…); None where there are none.
     """
 
-    __slots__ = ("wanted", "inputs", "outputs", "passed", "computed", "formula", "single", "_op")
+    __slots__ = ("wanted", "inputs", "outputs", "visible_outputs", "passed", "computed", "formula", "single",
+                 "_recorded", "_op")  # fmt: skip
 
     def __init__(self, op: Elementwise, wanted: tuple[int, ...]) -> None:
-        derivative: Derivative = op.formula.vjp(wanted)
+        derivative: Derivative = op.formula.vjp(wanted, op.visible, op.keeps_output)
         full = derivative.formula
-        cotangents = full.inputs[: len(op.formula.outputs)]
+        cotangents = full.inputs[: op.visible]
         self.wanted = wanted
         self.inputs, self.outputs = derivative.inputs, derivative.outputs
         results = dict(zip(wanted, full.outputs, strict=True))
         self.passed = frozenset(i for i, r in results.items() if r is cotangents[0])
         self.computed = tuple(i for i in wanted if i not in self.passed)
-        self.formula = Formula(full.name, full.inputs, [results[i] for i in self.computed]) if self.computed else None
+        levels = {i: op.formula.inputs[i].level for i in wanted}
+        self.formula = full.of([results[i] for i in self.computed], [levels[i] for i in self.computed])
         # One formula for each gradient that is summed: a sum behind a formula is one launch.
-        self.single = {i: Formula(f"{full.name}_{i}", full.inputs, [results[i]]) for i in self.computed}
+        self.single = {} if op.formula.is_row else {i: full.of([results[i]], name=f"{full.name}_{i}") for i in wanted}
+        # What is recorded has hidden outputs written out, as the functions of the inputs that they are.
+        self._recorded = derivative.recorded.of([
+            r for i, r in zip(wanted, derivative.recorded.outputs, strict=True) if i in self.computed
+        ], [levels[i] for i in self.computed])  # fmt: skip
+        self.visible_outputs = tuple(i for i in self.outputs if i < op.visible)
         self._op: Elementwise | None = None
 
     def op(self) -> Elementwise:
         """The formula as an op of its own, for derivatives that are recorded."""
         if self._op is None:
-            assert self.formula is not None
-            self._op = Elementwise(self.formula.name, self.formula, register=False)
+            assert self._recorded is not None
+            self._op = Elementwise(self._recorded.name, self._recorded, register=False)
         return self._op
 
 
@@ -68,10 +75,14 @@ class Elementwise(Op):
 
     Operands broadcast and are promoted as in PyTorch; they are Tensors of one device, or numbers. A formula with
     several outputs returns a tuple of Tensors.
+
+    hidden: how many of the last outputs are not returned, only kept for the derivative (a row's statistics). A formula
+    with row functions takes and gives matrices and vectors with one value a row, and does not broadcast.
     """
 
     operator = ""
     has_in_place = False
+    keeps_output = True  # whether the derivative may be written in terms of the output
 
     def __init__(
         self,
@@ -81,6 +92,7 @@ class Elementwise(Op):
         doc: str = "",
         register: bool = True,
         labels: Sequence[str] = (),
+        hidden: int = 0,
     ) -> None:
         super().__init__(name, doc, samples, register)
         self.defaults: dict[str, Any] = {}
@@ -91,13 +103,14 @@ class Elementwise(Op):
         self.formula = formula
         self.arity = len(formula.inputs)
         self.names = [v.name for v in formula.inputs]
-        self.several = len(formula.outputs) > 1
+        self.visible = len(formula.outputs) - hidden
+        self.several = self.visible > 1
         self.differentiable = not all(formula.bool_outputs)
         self._plans: dict[Any, _Plan] = {}
         self._tangent_ops: dict[tuple[int, ...], Elementwise] = {}
         masks = [i for i, v in enumerate(formula.inputs) if v.kind != "number"]
         # The quick way is for one or two float Tensors of one device, dtype and shape.
-        self._quick = not masks and not self.several and self.arity <= 2
+        self._quick = not masks and len(formula.outputs) == 1 and self.arity <= 2 and not formula.is_row
         signature = [f"{n}={self.defaults[n]!r}" if n in self.defaults else n for n in self.names]
         self.signature = f"{name}({', '.join(signature)})"
 
@@ -141,17 +154,18 @@ class Elementwise(Op):
         cell = out._cell = [0]
         if x._requires_grad and state.enabled and self.differentiable:
             plan = self._plans.get(_FIRST) or self.plan(_FIRST)
-            if plan.outputs:
-                saved = (array,) if not plan.inputs else (*(arguments[i] for i in plan.inputs), array)
-                cells = (x._cell, cell) if 0 in plan.inputs else (cell,)
-            elif plan.inputs:
+            saved = cells = ()
+            version = 0
+            if plan.inputs:
                 saved = tuple([arguments[i] for i in plan.inputs])
-                cells = (x._cell,)
-            else:
-                saved = cells = ()
+                if plan.inputs[0] == 0:
+                    cells = (x._cell,)
+                    version = x._cell[0]
+            if plan.outputs:
+                saved, cells = (*saved, array), (*cells, cell)
             node = x._node
             parents = (x if node is None else node,) if self.arity == 1 else (x if node is None else node, None)
-            out._node = Node(self, parents, saved, cells, x._cell[0] if saved else 0, (plan, None), device)
+            out._node = Node(self, parents, saved, cells, version, (plan, None), device)
             out._requires_grad = True
         else:
             out._requires_grad = False
@@ -210,7 +224,7 @@ class Elementwise(Op):
                 tensors = True
             elif isinstance(x, Expr):
                 return self.inline(inputs)
-            elif not isinstance(x, NUMBERS):
+            elif not isinstance(x, NUMBERS) or isinstance(x, np.generic):
                 bare = True
         if not tensors:
             if bare and not any(isinstance(x, (list, tuple, np.generic, str)) for x in inputs):
@@ -227,9 +241,9 @@ class Elementwise(Op):
         device = check_devices(self.name, inputs, self.names)
         arrays = [x._data if isinstance(x, Tensor) else x for x in inputs]
         results, dtype = self._compute(device, inputs, arrays, None)
-        outs = [wrap(r, device) for r in results]
+        outs = [wrap(r, device) for r in results[: self.visible]]
         if state.enabled and self.differentiable and any([isinstance(x, Tensor) and x._requires_grad for x in inputs]):
-            self._record(inputs, arrays, outs, dtype, device)
+            self._record(inputs, arrays, outs, dtype, device, results)
         return tuple(outs) if self.several else outs[0]
 
     def _compute(self, device: Device, inputs: Sequence[Any], arrays: Sequence[Any], outs: Any) -> tuple[list, Any]:
@@ -242,13 +256,13 @@ class Elementwise(Op):
             if _broadcasts(shapes):
                 raise
             raise broadcast_error(self.name, inputs, self.names) from error
-        return (results if self.several else [results]), dtype
+        return (results if len(formula.outputs) > 1 else [results]), dtype
 
     def _on_arrays(self, inputs: Sequence[Any]) -> Any:
         """Bare arrays in, bare arrays out: how rules run in a plain backward pass."""
         first = next(x for x in inputs if not isinstance(x, NUMBERS))
         results, _ = self._compute(of_array(first), inputs, inputs, None)
-        return tuple(results) if self.several else results[0]
+        return tuple(results[: self.visible]) if self.several else results[0]
 
     def inline(self, inputs: Sequence[Any]) -> Any:
         """The formula applied to symbolic scalars: an op used inside another formula."""
@@ -267,14 +281,13 @@ class Elementwise(Op):
         outs: Sequence[Tensor],
         dtype: np.dtype,
         device: Device,
-        versions: int | None = None,
+        results: Sequence[Any],
     ) -> None:
         wanted = tuple([i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x._requires_grad])
         plan = self.plan(wanted)
-        saved = [arrays[i] for i in plan.inputs] + [outs[i]._data for i in plan.outputs]
+        saved = [arrays[i] for i in plan.inputs] + [results[i] for i in plan.outputs]
         cells = [inputs[i]._cell for i in plan.inputs if isinstance(inputs[i], Tensor)]
-        before = sum([c[0] for c in cells]) if versions is None else versions
-        after = [outs[i]._cell for i in plan.outputs]
+        cells += [outs[i]._cell for i in plan.visible_outputs]
         parents = [None] * self.arity
         for i in wanted:
             x = inputs[i]
@@ -284,13 +297,13 @@ class Elementwise(Op):
              for i, x in enumerate(inputs)]
         )  # fmt: skip
         shape = outs[0]._data.shape
-        if all([entry is None or entry == (shape, dtype) for entry in layout]) and all(
+        if self.formula.is_row or all([e is None or e == (shape, dtype) for e in layout]) and all(
             [not isinstance(arrays[i], device.backend.array_type) or arrays[i].dtype == dtype for i in plan.inputs]
         ):
             layout = None
         info = (plan, layout) if not self.several else (plan, layout, [(o._data.shape, o._data.dtype) for o in outs])
-        version = before + sum([c[0] for c in after])
-        node = Node(self, tuple(parents), tuple(saved), tuple(cells + after), version, info, device)
+        version = sum([c[0] for c in cells])
+        node = Node(self, tuple(parents), tuple(saved), tuple(cells), version, info, device)
         for i, out in enumerate(outs):
             if self.formula.bool_outputs[i]:
                 continue
@@ -372,7 +385,8 @@ class Elementwise(Op):
         arguments = [node.saved_tensor(s, node.parents[i]) for s, i in zip(saved, plan.inputs, strict=False)]
         for s, i in zip(saved[len(plan.inputs) :], plan.outputs, strict=True):
             out = wrap(s, node.device)
-            out._node, out._requires_grad = (OutputNode(node, i) if self.several else node), True
+            if i < self.visible:
+                out._node, out._requires_grad = (OutputNode(node, i) if self.several else node), True
             arguments.append(out)
         gradients: Sequence[Any] = (gradient,)
         if self.several:
@@ -406,9 +420,9 @@ class Elementwise(Op):
             op = Elementwise(f"{self.name}_jvp", self.formula.jvp(moving).formula, register=False)
             self._tangent_ops[moving] = op
         results = op(*inputs, *[t for t in tangents if t is not None])
-        count = len(self.formula.outputs)
-        values, derivatives = results[:count], list(results[count:])
-        for i, is_bool in enumerate(self.formula.bool_outputs):
+        count = self.visible
+        values, derivatives = results[:count], list(results[len(self.formula.outputs) :][:count])
+        for i, is_bool in enumerate(self.formula.bool_outputs[:count]):
             if is_bool:
                 derivatives[i] = None
         return (values, derivatives) if self.several else (values[0], derivatives[0])
@@ -421,6 +435,10 @@ class Elementwise(Op):
         inputs = [as_operand(self.name, x) for x in inputs]
         if self.several:
             raise FormulaError(f"{self.name} has several outputs; it has no in-place form.")
+        if Interpreters.active:
+            result = Interpreters.apply(self, inputs, {})
+            if result is not NotImplemented:
+                return Interpreters.write(self.name, target, result)
         device = check_devices(self.name, inputs, self.names)
         arrays = [x._data if isinstance(x, Tensor) else x for x in inputs]
         formula = self.formula
@@ -433,22 +451,25 @@ class Elementwise(Op):
             raise broadcast_error(self.name, inputs, self.names) from error
         check_in_place(self.name, target, formula.out_dtype(0, dtype), shape, recording)
         data = writable(self.name, target)
-        for i, x in enumerate(inputs):  # another view of the same memory must be read before it is written
-            if i and isinstance(x, Tensor) and x._data is not data and x._cell is target._cell:
-                arrays[i] = x._data.copy()
-        versions = None
-        before = None
-        if recording and self.differentiable:
-            wanted = tuple([i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x._requires_grad])
-            plan = self.plan(wanted)
-            versions = sum([inputs[i]._cell[0] for i in plan.inputs if isinstance(inputs[i], Tensor)])
-            before = wrap(data, device)  # the target as it was: its node, its cell
-            before._node, before._requires_grad, before._cell = target._node, target._requires_grad, target._cell
+        recording = recording and self.differentiable
+        wanted = tuple([i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x._requires_grad])
+        needed = self.plan(wanted).inputs if recording else ()
+        recorded, kept = list(inputs), list(arrays)  # the operands as they were: their nodes, their values
+        for i, x in enumerate(inputs):
+            if not isinstance(x, Tensor) or x._cell is not target._cell:
+                continue
+            if x._data is not data or i in needed:
+                kept[i] = device.backend.copy(x._data)
+            if x._data is not data:  # another view of the same memory must be read before it is written
+                arrays[i] = kept[i]
+            if x._node is not None or not x._requires_grad:
+                was = wrap(kept[i], device)
+                was._node, was._requires_grad = x._node, x._requires_grad
+                recorded[i] = was
         device.backend.elementwise_mixed(formula, arrays, dtype, [data])
         target._cell[0] += 1
-        if before is not None:
-            recorded = [before, *inputs[1:]]
-            self._record(recorded, arrays, [target], dtype, device, versions)
+        if recording:
+            self._record(recorded, kept, [target], dtype, device, [data])
         return target
 
 
@@ -488,6 +509,7 @@ def elementwise(
     operator: str = "",
     aliases: Sequence[str] = (),
     method: bool = True,
+    nn: bool = False,
     in_place: bool = False,
 ) -> Elementwise:
     """Declare an elementwise operation by its formula; everything else is derived.
@@ -498,5 +520,5 @@ def elementwise(
     """
     made = Elementwise(name, formula, samples, doc, labels=labels)
     made.operator, made.has_in_place = operator, in_place or bool(operator)
-    function(made, name=name, method=method, aliases=aliases)
+    function(made, name=name, method=method, nn=nn, aliases=aliases)
     return made

@@ -12,7 +12,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gpuad.autograd.op import Interpreters, Op
+from gpuad.autograd.modes import state
+from gpuad.autograd.op import Interpreters, Op, check_in_place
 from gpuad.errors import AutogradError, ShapeError
 from gpuad.tensor import Tensor, wrap
 
@@ -81,7 +82,28 @@ def apply(op: Op, inputs: Sequence[Any], params: dict) -> Any:
     value, tangent = op.tangent([p for p, _ in pairs], [t for _, t in pairs], params)
     if isinstance(value, tuple):
         return tuple(v if t is None else make_dual(v, t, level) for v, t in zip(value, tangent, strict=True))
-    return value if tangent is None else make_dual(value, tangent, level)
+    if tangent is None:
+        return value
+    made = make_dual(value, tangent, level)
+    if getattr(op, "view", False):
+        made._view_of = inputs[0]
+    return made
+
+
+def write(name: str, target: Tensor, result: Tensor) -> Tensor:
+    """An operation in place on duals: the target takes over what the operation gave out of place."""
+    recording = state.enabled and result._requires_grad
+    check_in_place(name, target, result._data.dtype, result._data.shape, recording)
+    if not isinstance(target, Dual) or not isinstance(result, Dual) or target._view_of is not None:
+        raise AutogradError(
+            f"{name}_ would store a tangent of forward mode in a tensor that has none of its own (a view, or a tensor "
+            "from outside). Use the operation out of place."
+        )
+    if result._data.dtype != target._data.dtype:
+        result = result.to(target._data.dtype)
+    for slot in ("_data", "_cell", "_node", "_requires_grad", "primal", "tangent", "level"):
+        setattr(target, slot, getattr(result, slot))
+    return target
 
 
 def gradient(roots: list[Tensor], targets: list[Tensor], weights: list[Any], create_graph: bool) -> Any:
@@ -138,4 +160,5 @@ def jvp(function: Callable, primals: Sequence[Tensor], tangents: Sequence[Tensor
 
 
 Interpreters.apply = staticmethod(apply)  # type: ignore[method-assign]
+Interpreters.write = staticmethod(write)  # type: ignore[method-assign]
 Interpreters.grad = staticmethod(gradient)  # type: ignore[attr-defined]

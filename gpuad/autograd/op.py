@@ -25,16 +25,25 @@ NUMBERS = (int, float, bool)
 table: dict[str, Op] = {}
 
 
-# Every public function by name, with whether it is a Tensor method too; gpuad/ops/attach.py puts them in place.
-functions: dict[str, tuple[Callable, bool]] = {}
+# Every public function by name, and the names of those that are Tensor methods (gpuad/ops/attach.py makes them so) and
+# of those that are for gpuad.nn.functional alone.
+functions: dict[str, Callable] = {}
+methods: set[str] = set()
+for_nn: set[str] = set()
 
 
-def function(target: Any = None, *, name: str | None = None, method: bool = True, aliases: Sequence[str] = ()) -> Any:
-    """Publish a function as gpuad.<name> and, with `method`, as Tensor.<name>; a decorator."""
+def function(
+    target: Any = None, *, name: str | None = None, method: bool = True, nn: bool = False, aliases: Sequence[str] = ()
+) -> Any:
+    """Publish a function as gpuad.<name> and, with `method`, as Tensor.<name>; with `nn` in nn.functional only."""
 
     def publish(f: Any) -> Any:
         for each in (name or f.__name__, *aliases):
-            functions[each] = (f, method)
+            functions[each] = f
+            if nn:
+                for_nn.add(each)
+            elif method:
+                methods.add(each)
         return f
 
     return publish if target is None else publish(target)
@@ -44,8 +53,9 @@ class Interpreters:
     """How many forward-mode levels are open; while none is, no operand can be a dual number."""
 
     active = 0
-    # forward.py puts its rule here: (op, inputs, params) -> result.
+    # forward.py puts its rules here: (op, inputs, params) -> result, and (name, target, result) -> target.
     apply: Callable[..., Any]
+    write: Callable[..., Any]
 
 
 class Op:
@@ -136,10 +146,10 @@ def check_devices(name: str, inputs: Sequence[Any], names: Sequence[str] | None 
 
 def as_operand(name: str, x: Any) -> Any:
     """A Tensor or Python number from what a user passed: NumPy scalars are unwrapped, other arrays refused."""
+    if isinstance(x, np.generic):  # first: numpy.float64 is a float too, but would promote
+        return x.item()
     if isinstance(x, (Tensor, Expr, *NUMBERS)):
         return x
-    if isinstance(x, np.generic):
-        return x.item()
     if isinstance(x, (list, tuple)):
         raise TypeError(f"{name} takes Tensors and numbers, got a {type(x).__name__}; make it one with gpuad.tensor(…).")
     if isinstance(x, np.ndarray) or hasattr(x, "__cuda_array_interface__"):
@@ -203,10 +213,12 @@ def check_in_place(name: str, target: Tensor, dtype: np.dtype, shape: tuple[int,
 def writable(name: str, target: Tensor) -> Any:
     """The array of a tensor that is about to be written; error where elements share memory."""
     array = target._data
-    if any(s == 0 and n > 1 for s, n in zip(array.strides, array.shape, strict=True)):
+    if array.size and any(s == 0 and n > 1 for s, n in zip(array.strides, array.shape, strict=True)):
         raise ShapeError(
             f"{name}_ would write to an expanded tensor, whose elements share memory; clone() it first."
         )
+    if not getattr(array.flags, "writeable", True):
+        raise ShapeError(f"{name}_ would write to memory that is read-only; clone() the tensor first.")
     return array
 
 

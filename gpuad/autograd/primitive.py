@@ -116,7 +116,11 @@ class Primitive(Op):
                 return result
         if device is None:
             raise TypeError(f"{self.name} needs at least one Tensor.")
-        data = self.forward(device.backend, *arrays, **params)
+        backend = device.backend
+        if backend.current:
+            data = self.forward(backend, *arrays, **params)
+        else:
+            data = backend.inside(self.forward, backend, *arrays, **params)
         if self.moves:
             device = params["device"]
         if self.outputs > 1:

@@ -77,7 +77,12 @@ class Walk:
                 continue
             op = node.op
             into = self._into(node) if self.accumulate and not recorded else _nothing
-            results = op.backward_recorded(node, gradient, into) if recorded else op.backward(node, gradient, into)
+            rule = op.backward_recorded if recorded else op.backward
+            backend = node.device.backend
+            if backend.current:
+                results = rule(node, gradient, into)
+            else:
+                results = backend.inside(rule, node, gradient, into)
             if not self.retain:
                 if node.saved:
                     node.saved, node.cells = None, ()
@@ -94,7 +99,7 @@ class Walk:
         parent = node.parents[0]
         slots = self.gradients.get(parent)
         if slots is None:
-            slots = self.gradients[parent] = [None] * len(parent.op.formula.outputs if parent.info is None else parent.info[2])  # type: ignore[union-attr]
+            slots = self.gradients[parent] = [None] * len(parent.info[2])  # type: ignore[union-attr]
             heappush(self.heap, (-parent.number, parent))  # type: ignore[union-attr, arg-type]
         slots[node.index] = gradient
 
@@ -106,7 +111,7 @@ class Walk:
             if leaf in self.direct:
                 return self.direct[leaf], 1.0
             kept, empty = leaf._grad, leaf._grad_buffer
-            if kept is None and empty is not None and empty._data.dtype == leaf._data.dtype and empty._data.shape == leaf._data.shape and empty._device is leaf._device:
+            if kept is None and empty is not None and _fits(empty, leaf):
                 self.direct[leaf] = empty._data
                 leaf._grad = empty
                 leaf._grad_buffer = None
@@ -132,7 +137,7 @@ class Walk:
 
     def finish_leaves(self) -> None:
         """Hand each leaf its gradient."""
-        sole = _sole(self.gradients)
+        sole = {} if self.recorded else _sole(self.gradients)
         for leaf, gradient in self.gradients.items():
             if leaf._hooks is not None:
                 gradient = self._run_hooks(leaf._hooks.values(), gradient, leaf)
@@ -177,6 +182,12 @@ def _own_copy(target: Tensor, gradient: Any) -> Any:
 
 
 WRITTEN = object()  # what an op returns for a gradient that it wrote into the leaf's buffer
+
+
+def _fits(buffer: Tensor, leaf: Tensor) -> bool:
+    """Whether a gradient buffer left by zero_grad still suits its leaf, which may have moved or changed dtype."""
+    a, b = buffer._data, leaf._data
+    return a.dtype == b.dtype and a.shape == b.shape and buffer._device is leaf._device
 
 
 def _backend(at: Any) -> Any:
@@ -357,7 +368,7 @@ def tensor_backward(
     inputs: Any = None,
 ) -> None:
     """Accumulate the gradients of this tensor into the .grad of the leaves it depends on; see autograd.backward."""
-    backward(self, gradient, retain_graph, create_graph, inputs)
+    backward((self,), (gradient,), retain_graph, create_graph, inputs)
 
 
 Tensor.backward = tensor_backward  # type: ignore[method-assign]

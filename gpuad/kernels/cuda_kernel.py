@@ -155,16 +155,22 @@ class CudaKernel:
         return [result] if len(self.formula.outputs) == 1 else list(result)
 
     def reduce(
-        self, arguments: Sequence[Any], dtype: np.dtype, axes: tuple[int, ...], keepdims: bool, scale: float = 1.0
+        self,
+        arguments: Sequence[Any],
+        dtype: np.dtype,
+        axes: tuple[int, ...],
+        keepdims: bool,
+        scale: float = 1.0,
+        out: Any = None,
     ) -> Any:
-        """scale · the sum over `axes` of the (one) output: one launch."""
+        """scale · the sum over `axes` of the (one) output, in `out` where it is given: one launch."""
         import cupy
 
         key = tuple(a.dtype.name if isinstance(a, cupy.ndarray) else None for a in arguments)
         kernel = self._kernels.get(("sum", key, dtype))
         if kernel is None:
             kernel = self._kernels["sum", key, dtype] = self._reduction(cupy, key, dtype)
-        return kernel(*arguments, scale, axis=axes, keepdims=keepdims)
+        return kernel(*arguments, scale, axis=axes, keepdims=keepdims, out=out)
 
     def _reduction(self, cupy: Any, key: tuple, dtype: np.dtype) -> Any:
         formula = self.formula
@@ -174,7 +180,7 @@ class CudaKernel:
         typed = ", ".join(f"{C_TYPES[d.split()[0]]} {d.split()[1]}" for d in declarations)
         function = f"__device__ inline {c_type} gpuad_map({typed}) {{\n" + "\n".join(lines)
         function += f"\nreturn ({c_type}){names[formula.outputs[0]]};\n}}\n"
-        scale_type = "double" if c_type in ("double", "long long") else "float" if c_type == "float" else "long long"
+        scale_type = c_type if c_type in ("float", "double") else "long long"
         return cupy.ReductionKernel(
             ", ".join([*declarations, f"{_NAMES[scale_type]} scale"]),
             f"{formula.out_dtype(0, dtype).name} o0",

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from gpuad.errors import FormulaError
-from gpuad.kernels.expr import Constant, Expr, ScalarFunction, Variable, constant, intern, topological
-from gpuad.kernels.scalar import add, column, mul, neg, row_at, row_max, row_sum, where
+from gpuad.kernels.expr import Constant, Expr, ScalarFunction, Variable, constant, topological
+from gpuad.kernels.scalar import add, column_index, mul, neg, row_at, row_sum, where
 
 ZERO = constant(0.0)
 ONE = constant(1.0)
@@ -25,10 +24,8 @@ def level(node: Expr, known: dict[Expr, str]) -> str:
             continue
         if isinstance(each, Variable):
             known[each] = each.level
-        elif each.function is column:
-            known[each] = "element"
-        elif each.function.across == "row":
-            known[each] = "row"
+        elif each.function.across:
+            known[each] = {"row": "row", "column": "element", "length": "scalar"}[each.function.across]
         else:
             levels = {known[a] for a in each.args}
             known[each] = "element" if "element" in levels else "row" if "row" in levels else "scalar"
@@ -100,7 +97,7 @@ def _reverse(
             adjoint[output] = _sum(adjoint.get(output), cotangent)
 
     def contribute(node: Expr, value: Expr) -> None:
-        if levels[node] == "row" and level(value, levels) == "element":
+        if levels[node] != "element" and level(value, levels) == "element":
             value = row_sum(value)
         adjoint[node] = _sum(adjoint.get(node), value)
 
@@ -108,9 +105,7 @@ def _reverse(
         if node not in adjoint or node not in active:
             continue
         cotangent = adjoint[node]
-        if node.function is row_sum:
-            contribute(node.args[0], cotangent)
-        elif node.function is row_at:
+        if node.function is row_at:
             source, place = node.args
             contribute(source, where(column_index() == place, cotangent, ZERO))
         else:
@@ -123,14 +118,12 @@ def _reverse(
 
 def _partial(function: ScalarFunction, i: int) -> Callable[..., Expr] | None:
     """The partial derivative for argument i; None where the derivative is 0."""
-    if function is row_sum or function is row_at:
-        return _linear if i == 0 else None
-    if function is row_max:
-        raise FormulaError("row_max has no derivative in a formula; take it of stop(x).")
+    if function is row_at:
+        return _one if i == 0 else None
     return function.partials[i] if i < len(function.partials) else None
 
 
-def _linear(*_: Expr) -> Expr:
+def _one(*_: Expr) -> Expr:
     return ONE
 
 
@@ -150,10 +143,11 @@ def _forward(outputs: Sequence[Expr], tangents: Mapping[Variable, Expr], order: 
             if argument not in tangent:
                 continue
             partial = _partial(node.function, i)
-            if partial is _linear:
-                total = node.function(tangent[argument], *node.args[1:])
+            if node.function is row_at and i == 0:
+                total = row_at(tangent[argument], node.args[1])
             elif partial is not None:
-                total = _sum(total, _chain(tangent[argument], partial(*node.args, node)))
+                term = _chain(tangent[argument], partial(*node.args, node))
+                total = _sum(total, row_sum(term) if node.function.across == "row" else term)
         if total is not None:
             tangent[node] = total
     return [tangent.get(output, ZERO) for output in outputs]
@@ -176,7 +170,3 @@ def _elementwise_tangent(output: Expr, tangents: Mapping[Variable, Expr]) -> Exp
         total = _sum(total, _chain(tangent, partial))
     return total
 
-
-def column_index() -> Expr:
-    """The position of an element in its row, 0 to row_length − 1."""
-    return intern(column, ())

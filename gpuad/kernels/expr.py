@@ -25,7 +25,8 @@ class ScalarFunction:
         None where the derivative is zero everywhere it exists.
     result: "same" as its arguments, "bool", or "float" (integers are computed in the default floating dtype).
     lowered: a function of expressions that says the same with simpler functions, for NumPy, which has no such ufunc.
-    across: "" for elementwise functions; "row" for those that reduce a row to one value.
+    across: "" for elementwise functions; "row" for those that reduce a row to one value; "column" and "length" for
+        the position in a row and its length.
     """
 
     __slots__ = ("name", "numpy", "cuda", "partials", "result", "lowered", "across")

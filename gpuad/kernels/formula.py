@@ -8,7 +8,7 @@ kernel.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,20 +19,30 @@ from gpuad.kernels import derive, simplify  # noqa: F401  (simplify registers it
 from gpuad.kernels.cuda_kernel import CudaKernel
 from gpuad.kernels.expr import Constant, Expr, Variable, as_expr, substitute, topological, variable, variables
 from gpuad.kernels.numpy_program import NumpyProgram, single_ufunc
+from gpuad.kernels.rows_cuda import RowKernel
+from gpuad.kernels.rows_numpy import RowProgram
 from gpuad.kernels.scalar import where
 
-_RUNNERS: dict[str, Callable[[Formula], Any]] = {"numpy": NumpyProgram, "cuda": CudaKernel}
+# By the backend's language and whether it is a row formula.
+_RUNNERS: dict[tuple[str, bool], Callable[[Formula], Any]] = {
+    ("numpy", False): NumpyProgram,
+    ("cuda", False): CudaKernel,
+    ("numpy", True): RowProgram,
+    ("cuda", True): RowKernel,
+}
 
 
 class Formula:
     """Output expressions over input variables, in the order in which they are passed."""
 
-    def __init__(self, name: str, inputs: Sequence[Variable], outputs: Sequence[Expr]) -> None:
+    def __init__(
+        self, name: str, inputs: Sequence[Variable], outputs: Sequence[Expr], levels: Sequence[str] | None = None
+    ) -> None:
         self.name = name
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
         self._runners: dict[str, Any] = {}
-        self._vjp: dict[tuple[int, ...], Derivative] = {}
+        self._vjp: dict[tuple, Derivative] = {}
         self._jvp: dict[tuple[int, ...], Derivative] = {}
         self.needs_float = any(
             n.function.result == "float" or (isinstance(n, Constant) and isinstance(n.value, float))
@@ -41,7 +51,12 @@ class Formula:
         # Conditions and labels keep their own dtype; the others are promoted together.
         self.promoted = tuple(i for i, v in enumerate(self.inputs) if v.kind == "number")
         self.bool_outputs = tuple(_is_bool(o) for o in self.outputs)
-        self.ufunc: np.ufunc | None = single_ufunc(self)
+        # A row formula has row functions or inputs with one value a row; its arrays are (rows, columns) and (rows,).
+        known: dict[Expr, str] = {}
+        found = [derive.level(o, known) for o in self.outputs]
+        self.is_row = any(n.function.across for n in known) or any(v.level == "row" for v in self.inputs)
+        self.levels = tuple(found if levels is None else levels)
+        self.ufunc: np.ufunc | None = None if self.is_row else single_ufunc(self)
 
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(v.name for v in self.inputs)}) = {', '.join(map(str, self.outputs))}"
@@ -54,62 +69,102 @@ class Formula:
         """What runs this formula where a backend speaks `language`: "numpy" or "cuda"."""
         found = self._runners.get(language)
         if found is None:
-            found = self._runners[language] = _RUNNERS[language](self)
+            found = self._runners[language] = _RUNNERS[language, self.is_row](self)
         return found
 
-    def vjp(self, wanted: tuple[int, ...]) -> Derivative:
-        """The cotangents of the wanted inputs, as a formula of the outputs' cotangents and what must be saved."""
-        found = self._vjp.get(wanted)
+    def of(self, outputs: Sequence[Expr], levels: Sequence[str] | None = None, name: str = "") -> Formula | None:
+        """Other outputs of the same inputs; None when there are none."""
+        return Formula(name or self.name, self.inputs, outputs, levels) if outputs else None
+
+    def vjp(self, wanted: tuple[int, ...], visible: int | None = None, keep_output: bool = True) -> Derivative:
+        """The cotangents of the wanted inputs, as a formula of the outputs' cotangents and what must be saved.
+
+        visible: how many outputs have cotangents (all unless given); the rest is only there to be saved. keep_output:
+        whether the visible outputs may be saved too.
+        """
+        visible = len(self.outputs) if visible is None else visible
+        found = self._vjp.get((wanted, visible, keep_output))
         if found is None:
-            found = self._vjp[wanted] = self._derive_vjp(wanted)
+            cotangents = self.fresh_like(range(visible), "g")
+            results = derive.vjp(self.outputs[:visible], cotangents, [self.inputs[i] for i in wanted])
+            found = self._saving(results, cotangents, wanted, visible, keep_output)
+            self._vjp[wanted, visible, keep_output] = found
         return found
 
-    def _derive_vjp(self, wanted: tuple[int, ...]) -> Derivative:
-        suffix = "" if len(self.outputs) == 1 else "{}"
-        cotangents = [self._fresh("g" + suffix.format(i)) for i in range(len(self.outputs))]
-        results = derive.vjp(self.outputs, cotangents, [self.inputs[i] for i in wanted])
-        placeholders = {o: self._fresh(f"y{i}") for i, o in enumerate(self.outputs) if o.args}
-        from_inputs = self._derivative(results, cotangents, {})
-        from_outputs = self._derivative(substitute(results, dict(placeholders)), cotangents, placeholders)
+    def fresh_like(self, outputs: Iterable[int], prefix: str) -> list[Variable]:
+        """New variables of the levels of the given outputs."""
+        outputs = list(outputs)
+        suffixes = [""] if len(outputs) == 1 else [str(i) for i in outputs]
+        return [self._fresh(prefix + s, self.levels[i]) for s, i in zip(suffixes, outputs, strict=True)]
+
+    def _saving(
+        self, results: list[Expr], first: Sequence[Variable], wanted: tuple[int, ...], visible: int, keep_output: bool
+    ) -> Derivative:
+        """The gradients as a formula of cotangents and of what is cheapest to keep: inputs, or outputs for them."""
+        placeholders: dict[Expr, Variable] = {}
+        hidden: dict[Expr, Expr] = {}
+        for i, output in enumerate(self.outputs):
+            if output.args and output not in placeholders and (keep_output or i >= visible):
+                placeholders[output] = self._fresh(f"y{i}", self.levels[i])
+                if i >= visible:
+                    hidden[placeholders[output]] = output
+        levels = [self.inputs[i].level for i in wanted]
+        from_inputs = self._kept(results, first, {}, {}, levels)
+        if not placeholders:
+            return from_inputs
+        replaced = substitute(results, dict(placeholders))
+        from_outputs = self._kept(replaced, first, placeholders, hidden, levels)
         # On a tie the output: it is there already, and what it stands for need not be computed again.
-        return from_outputs if from_outputs.weight() <= from_inputs.weight() else from_inputs
+        return from_outputs if self._weight(from_outputs) <= self._weight(from_inputs) else from_inputs
 
-    def _derivative(self, results: list[Expr], cotangents: list[Variable], placeholders: dict) -> Derivative:
-        used = set(variables(results))
+    def _kept(
+        self, results: list[Expr], first: Sequence[Variable], placeholders: dict, hidden: dict, levels: list[str]
+    ) -> Derivative:
+        written_out = substitute(results, hidden) if hidden else results
+        used = set(variables([*results, *written_out]))
         inputs = tuple(i for i, v in enumerate(self.inputs) if v in used)
-        outputs = tuple(i for i, o in enumerate(self.outputs) if placeholders.get(o) in used)
-        parameters = [*cotangents, *(self.inputs[i] for i in inputs), *(placeholders[self.outputs[i]] for i in outputs)]
-        return Derivative(Formula(f"{self.name}_vjp", parameters, results), inputs, outputs)
+        chosen = {placeholders[o]: i for i, o in reversed(list(enumerate(self.outputs))) if o in placeholders}
+        outputs = tuple(sorted(i for v, i in chosen.items() if v in used))
+        parameters = [*first, *(self.inputs[i] for i in inputs), *(placeholders[self.outputs[i]] for i in outputs)]
+        name = f"{self.name}_vjp"
+        recorded = Formula(name, parameters, written_out, levels)
+        return Derivative(Formula(name, parameters, results, levels), inputs, outputs, recorded)
 
-    def _fresh(self, name: str) -> Variable:
+    def _weight(self, derivative: Derivative) -> int:
+        """How many full-sized buffers it keeps alive; one value a row is next to nothing."""
+        kept = [self.inputs[i].level for i in derivative.inputs] + [self.levels[i] for i in derivative.outputs]
+        return sum(level == "element" or not self.is_row for level in kept)
+
+    def _fresh(self, name: str, level: str = "element") -> Variable:
         taken = {v.name for v in self.inputs}
         while name in taken:
             name += "_"
-        return variable(name)
+        return variable(name, "number", level)
 
     def jvp(self, moving: tuple[int, ...]) -> Derivative:
         """Values and tangents of the outputs, as a formula of all inputs and the tangents of the `moving` inputs."""
         found = self._jvp.get(moving)
         if found is None:
-            tangents = {self.inputs[i]: self._fresh(f"d{self.inputs[i].name}") for i in moving}
+            tangents = {
+                self.inputs[i]: self._fresh(f"d{self.inputs[i].name}", self.inputs[i].level) for i in moving
+            }
             results = derive.jvp(self.outputs, tangents)
-            formula = Formula(
-                f"{self.name}_jvp", [*self.inputs, *tangents.values()], [*self.outputs, *results]
-            )
-            found = self._jvp[moving] = Derivative(formula, tuple(range(len(self.inputs))), ())
+            parameters = [*self.inputs, *tangents.values()]
+            formula = Formula(f"{self.name}_jvp", parameters, [*self.outputs, *results], self.levels * 2)
+            found = self._jvp[moving] = Derivative(formula, tuple(range(len(self.inputs))), (), formula)
         return found
 
 
 class Derivative(NamedTuple):
-    """A derived formula and which inputs and outputs of the original it takes (besides cotangents or tangents)."""
+    """A derived formula and which inputs and outputs of the original it takes (besides cotangents or tangents).
+
+    recorded: the same formula to differentiate again, with hidden outputs written out in terms of the inputs.
+    """
 
     formula: Formula
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-
-    def weight(self) -> int:
-        """How many buffers it keeps alive."""
-        return len(self.inputs) + len(self.outputs)
+    recorded: Formula
 
 
 def _is_bool(node: Expr) -> bool:
@@ -131,10 +186,17 @@ def _masks(outputs: Sequence[Expr], inputs: Sequence[Variable]) -> set[Variable]
     return {v for v in inputs if v in as_condition and v not in as_number}
 
 
-def trace(function: Callable, name: str | None = None, rows: Sequence[str] = (), labels: Sequence[str] = ()) -> Formula:
+def trace(
+    function: Callable,
+    name: str | None = None,
+    rows: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    scalars: Sequence[str] = (),
+) -> Formula:
     """Call `function` once with symbolic numbers, one for each of its parameters, and return its formula.
 
-    rows: parameters with one value a row; labels: parameters that are integers (left out of promotion).
+    rows: parameters with one value a row; scalars: with one value in all (in row formulas); labels: integers (left out
+    of promotion).
     Raises FormulaError, saying what to write instead, where the function is not elementwise.
     """
     name = name or getattr(function, "__name__", "formula")
@@ -143,7 +205,11 @@ def trace(function: Callable, name: str | None = None, rows: Sequence[str] = (),
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             raise FormulaError(f"The formula {name} takes *{p.name}; name each input, so that the kernel knows how many.")
     inputs = [
-        variable(p.name, "label" if p.name in labels else "number", "row" if p.name in rows else "element")
+        variable(
+            p.name,
+            "label" if p.name in labels else "number",
+            "row" if p.name in rows else "scalar" if p.name in scalars else "element",
+        )
         for p in parameters
     ]
     result = function(*inputs)

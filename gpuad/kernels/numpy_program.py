@@ -101,9 +101,12 @@ def single_ufunc(formula: Formula) -> np.ufunc | None:
     return root.function.numpy
 
 
-def select(condition: Any, a: Any, b: Any, out: np.ndarray | None = None) -> np.ndarray:
-    """np.where(condition, a, b), but with `out` and, for floats, by masking bits: half the time (measured)."""
-    dtype = out.dtype if out is not None else np.result_type(a, b)
+def select(condition: Any, a: Any, b: Any, out: np.ndarray | None = None, number: Any = None) -> np.ndarray:
+    """np.where(condition, a, b), but with `out` and, for floats, by masking bits: half the time (measured).
+
+    number: the dtype of a result between two Python numbers.
+    """
+    dtype = out.dtype if out is not None else np.result_type(a, b) if number is None else number
     if type(condition) is not np.ndarray or condition.dtype != np.bool_ or dtype.itemsize not in (4, 8):
         return _plain_select(condition, a, b, out, dtype)
     a_is_array, b_is_array = type(a) is np.ndarray, type(b) is np.ndarray
@@ -203,6 +206,10 @@ class _Writer:
             if isinstance(node, Constant):
                 self.depends[node] = frozenset()
                 continue
+            if node.function.across in ("column", "length"):
+                self.depends[node] = frozenset([node] if node.function.across == "column" else [])
+                self.name[node] = "column(C)" if node.function.across == "column" else "C"
+                continue
             self.depends[node] = frozenset().union(*(self.depends[a] for a in node.args))
             arguments = [self.text(a) for a in node.args]
             if not self.depends[node]:  # of Python numbers alone: stays a Python number, so it promotes nothing
@@ -226,8 +233,10 @@ class _Writer:
                 if out is None and self.given:
                     out = f"{'b' if kind[0] else 's'}{len(self.scratch)}"
                     self.scratch[out] = "bool" if kind[0] else "number"
-            function = "select" if node.function is where else self.function(node)
-            call = f"{function}({', '.join(arguments)}" + (f", out={out})" if out else ")")
+            call, written = self.call(node, arguments, out)
+            if not written and out is not None and not self.given:
+                self.free.setdefault(kind, []).append(out)
+                out = None
             if out is None:
                 out = f"t{counter}"
                 counter += 1
@@ -237,6 +246,21 @@ class _Writer:
             self.name[node] = in_buffer[node] = out
             for freed, freed_kind in sorted(dying):
                 self.free.setdefault(freed_kind, []).append(freed)
+
+    def between_numbers(self, node: Expr) -> bool:
+        """Whether a `where` chooses between Python numbers, which alone would make a float64."""
+        return not any(
+            self.depends[a] or (isinstance(a, Constant) and isinstance(a.value, bool)) for a in node.args[1:]
+        )
+
+    def call(self, node: Expr, arguments: list[str], out: str | None) -> tuple[str, bool]:
+        """The call that computes a node, and whether it writes into `out`."""
+        function = "select" if node.function is where else self.function(node)
+        if out:
+            arguments = [*arguments, f"out={out}"]
+        elif node.function is where and self.between_numbers(node):
+            arguments = [*arguments, "number=dtype"]
+        return f"{function}({', '.join(arguments)})", bool(out)
 
     def read_later(self, output: int, now: int) -> bool:
         """Whether the input whose memory output number `output` takes over is still needed after line `now`."""
@@ -272,7 +296,7 @@ class NumpyProgram:
         if program is None:
             writer = _Writer(self.formula, self.outputs, scalars, given=False)
             writer.write(frozenset(self.formula.inputs[i] for i in full))
-            header = f"def program({', '.join(f'x{i}' for i in range(len(self.formula.inputs)))}):"
+            header = f"def program({', '.join(f'x{i}' for i in range(len(self.formula.inputs)))}, dtype):"
             names = [writer.text(o) for o in self.outputs]
             program = writer.compile(header, [f"return {', '.join(names)}" if len(names) > 1 else f"return {names[0]}"])
             self._whole[scalars, full] = program
@@ -309,7 +333,7 @@ class NumpyProgram:
                 full = frozenset(
                     i for i, a in enumerate(arguments) if i not in scalars and (uniform or a.shape == shape)
                 )
-            results = self.whole(scalars, full)(*arguments)
+            results = self.whole(scalars, full)(*arguments, dtype)
             results = [results] if len(outputs) == 1 else list(results)
             for i, result in enumerate(results):
                 results[i] = self._finish(result, i, arguments, shape, dtype)

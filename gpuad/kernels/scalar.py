@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuad.kernels.expr import METHODS, Expr, ScalarFunction, as_expr, constant
+from gpuad.kernels.expr import METHODS, Expr, ScalarFunction, as_expr, constant, intern
 
 FUNCTIONS: dict[str, ScalarFunction] = {}
 
@@ -129,12 +129,28 @@ erfinv = _declare("erfinv", SpecialFunction("erfinv"), "erfinv({0})",
 # Constant in every derivative (its argument is treated as data) -------------------------------------------------------
 stop = _declare("stop", np.positive, "({0})", None)
 
-# Across a row: used by row formulas only (kernels/rows) ---------------------------------------------------------------
-row_sum = _declare("row_sum", np.add, "", across="row")
-row_max = _declare("row_max", np.maximum, "", across="row")
-row_at = _declare("row_at", None, "", across="row")
-column = ScalarFunction("column", None, "")
-row_length = ScalarFunction("row_length", None, "")
+# Across a row: used by row formulas only (kernels/rows_numpy.py, kernels/rows_cuda.py). Partials are for one element. ---
+row_sum = _declare("row_sum", None, "", lambda a, y: constant(1.0), across="row")
+row_max = _declare("row_max", None, "", None, across="row")
+row_logsumexp = _declare("row_logsumexp", None, "", lambda a, y: exp(a - y), across="row")
+row_at = _declare("row_at", None, "", None, None, across="row")  # the element at a position; its rules are in derive.py
+column = ScalarFunction("column", None, "", across="column")
+row_length = ScalarFunction("row_length", None, "", across="length")
+
+
+def column_index() -> Expr:
+    """The position of an element in its row, 0 to row_size() − 1."""
+    return intern(column, ())
+
+
+def row_size() -> Expr:
+    """The number of elements in a row."""
+    return intern(row_length, ())
+
+
+def row_mean(a: Any) -> Expr:
+    """The mean of a row."""
+    return row_sum(a) / row_size()
 
 
 def square(a: Any) -> Expr:

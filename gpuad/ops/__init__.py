@@ -5,14 +5,19 @@ from gpuad.ops import (
     arithmetic,
     convert,
     creation,
+    dropout,
+    fuse,
     indexing,
     linalg,
+    losses,
     maths,
     reduction,
+    rows,
     shape,
 )
 from gpuad.ops.attach import attach
 
 attach()
 
-__all__ = ["activations", "arithmetic", "convert", "creation", "indexing", "linalg", "maths", "reduction", "shape"]
+__all__ = ["activations", "arithmetic", "convert", "creation", "dropout", "fuse", "indexing", "linalg", "losses", "maths",
+           "reduction", "rows", "shape"]

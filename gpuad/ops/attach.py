@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gpuad.autograd.elementwise import Elementwise
-from gpuad.autograd.op import NUMBERS, functions, table
+from gpuad.autograd.op import NUMBERS, functions, methods, table
 from gpuad.kernels.expr import Expr
 from gpuad.tensor import Tensor
 
@@ -51,9 +51,9 @@ def _in_place(op: Elementwise, public: Any) -> Any:
 
 def attach() -> None:
     """Attach everything that is declared; called once, by gpuad/ops/__init__.py."""
-    for name, (f, is_method) in functions.items():
-        if is_method and name not in Tensor.__dict__:
-            setattr(Tensor, name, _method(f))
+    for name in sorted(methods):
+        if name not in Tensor.__dict__:
+            setattr(Tensor, name, _method(functions[name]))
     for op in table.values():
         if not isinstance(op, Elementwise) or not op.has_in_place:
             continue
@@ -62,7 +62,7 @@ def attach() -> None:
             setattr(Tensor, f"__{op.operator}__", _binary(op))
             setattr(Tensor, f"__r{op.operator}__", _binary(op, reflected=True))
             setattr(Tensor, f"__i{op.operator}__", _in_place(op, op))
-    get = {name: f for name, (f, _) in functions.items()}
+    get = functions
     for name in ("lt", "le", "gt", "ge", "eq", "ne"):
         setattr(Tensor, f"__{name}__", _binary(get[name]))
     for name, symbol in (("and", "logical_and"), ("or", "logical_or"), ("xor", "logical_xor")):
@@ -171,7 +171,7 @@ def array_ufunc(self: Tensor, ufunc: Any, method: str, *inputs: Any, **kwargs: A
     if method == "reduce" and ufunc in (np.add, np.multiply, np.maximum, np.minimum):
         axis = kwargs.pop("axis", 0)
         reduction = {"add": "sum", "multiply": "prod", "maximum": "amax", "minimum": "amin"}[ufunc.__name__]
-        return functions[reduction][0](inputs[0], axis, keepdim=bool(kwargs.get("keepdims", False)))
+        return functions[reduction](inputs[0], axis, keepdim=bool(kwargs.get("keepdims", False)))
     if method != "__call__" or kwargs or name not in functions:
         raise TypeError(
             f"np.{ufunc.__name__} has no differentiable counterpart for gpuad Tensors in this form; use gpuad's "
@@ -182,7 +182,7 @@ def array_ufunc(self: Tensor, ufunc: Any, method: str, *inputs: Any, **kwargs: A
             f"np.{ufunc.__name__} got a numpy.ndarray beside a Tensor; nothing is moved silently. Wrap it: "
             "gpuad.from_numpy(a)."
         )
-    return functions[name][0](*[x.item() if isinstance(x, (np.ndarray, np.generic)) else x for x in inputs])
+    return functions[name](*[x.item() if isinstance(x, (np.ndarray, np.generic)) else x for x in inputs])
 
 
 def array_function(self: Tensor, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
@@ -193,7 +193,7 @@ def array_function(self: Tensor, func: Any, types: Any, args: Any, kwargs: Any) 
             f"np.{func.__name__} has no differentiable counterpart in gpuad; use gpuad's functions, or "
             "x.detach().numpy() for an array."
         )
-    return functions[name][0](*args, **kwargs)
+    return functions[name](*args, **kwargs)
 
 
 Tensor.__array_ufunc__ = array_ufunc  # type: ignore[attr-defined]

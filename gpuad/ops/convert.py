@@ -11,6 +11,7 @@ from gpuad.array.device import Device, as_device
 from gpuad.autograd.op import function
 from gpuad.autograd.primitive import linear, primitive
 from gpuad.errors import AutogradError
+from gpuad.ops.samples import HERE, S
 from gpuad.tensor import Tensor, wrap
 
 cast = primitive(
@@ -18,6 +19,7 @@ cast = primitive(
     lambda backend, input, *, dtype: input.astype(dtype),
     vjp={"input": lambda g, input_dtype: _back(g, input_dtype)},
     jvp=linear,
+    samples=[(S((3, 4)), {"dtype": dtypes.float64}), (S(()), {"dtype": dtypes.float64})],
     doc="The elements in another dtype.",
 )
 
@@ -32,6 +34,7 @@ move = primitive(
     lambda backend, input, *, device, source: device.backend.receive(input),
     vjp={"input": lambda g, source, device: move(g, device=source, source=device)},
     jvp=linear,
+    samples=[(S((3, 4)), {"source": HERE, "device": as_device("cpu")})],
     doc="A copy on another device.",
     moves=True,
 )
@@ -74,7 +77,6 @@ def cpu(input: Tensor) -> Tensor:
     return to(input, "cpu")
 
 
-@function
 def cuda(input: Tensor, device: Any = None) -> Tensor:
     """The tensor on a CUDA device, the current one unless given."""
     return to(input, "cuda" if device is None else as_device(device))
@@ -252,7 +254,7 @@ def copy_(self: Tensor, src: Any, non_blocking: bool = False) -> Tensor:
 
 
 _METHODS = {
-    "item": item, "tolist": tolist, "numpy": numpy, "__array__": array_protocol, "__dlpack__": dlpack,
+    "cuda": cuda, "item": item, "tolist": tolist, "numpy": numpy, "__array__": array_protocol, "__dlpack__": dlpack,
     "__dlpack_device__": dlpack_device, "__float__": _number(float), "__int__": _number(int),
     "__complex__": _number(complex), "__bool__": to_bool, "__index__": to_index, "__repr__": representation,
     "__format__": text_format, "__deepcopy__": deep_copy, "__reduce_ex__": reduce, "copy_": copy_,

@@ -78,13 +78,14 @@ def tensor(data: Any, dtype: Any = None, device: Any = None, requires_grad: bool
     if isinstance(data, Tensor):
         place = data._device if device is None else as_device(device)
         array = data._data if place is data._device else place.backend.receive(data._data)
-        array = place.backend.copy(array) if wanted is None else array.astype(wanted)
+        same = wanted is None or wanted == array.dtype
+        array = place.backend.copy(array) if same else place.backend.cast(array, wanted)
         return _finish(array, place, requires_grad)
     if hasattr(data, "__cuda_array_interface__"):
         source = of_array(data)
         place = source if device is None else as_device(device)
         array = source.backend.copy(data) if place is source else place.backend.receive(data)
-        return _finish(array if wanted is None else array.astype(wanted), place, requires_grad)
+        return _finish(array if wanted is None else place.backend.cast(array, wanted), place, requires_grad)
     place = as_device(device)
     return _finish(place.backend.asarray(_host_array(data, wanted)), place, requires_grad)
 
@@ -246,8 +247,9 @@ def arange(
     place = as_device(device)
     wanted = dtypes.result_type((), (), (start, end, step)) if dtype is None else dtypes.as_dtype(dtype)
     length = max(0, math.ceil((end - start) / step))
-    array = place.backend.xp.arange(length, dtype=np.int64 if wanted.kind in "biu" else np.float64)
-    return _finish((array * step + start).astype(wanted), place, requires_grad)
+    xp = place.backend.xp
+    array = xp.arange(length, dtype=np.int64 if wanted.kind in "biu" else np.float64)
+    return _finish(place.backend.cast(xp.add(xp.multiply(array, step), start), wanted), place, requires_grad)
 
 
 @function(method=False)
@@ -257,7 +259,7 @@ def linspace(
     """`steps` numbers from start to end, both included, evenly spaced."""
     place = as_device(device)
     wanted = dtypes.get_default_dtype() if dtype is None else dtypes.as_dtype(dtype)
-    return _finish(place.backend.xp.linspace(start, end, steps).astype(wanted), place, requires_grad)
+    return _finish(place.backend.cast(place.backend.xp.linspace(start, end, steps), wanted), place, requires_grad)
 
 
 @function(method=False)
@@ -268,8 +270,8 @@ def logspace(
     """`steps` numbers from base**start to base**end, evenly spaced in the exponent."""
     place = as_device(device)
     wanted = dtypes.get_default_dtype() if dtype is None else dtypes.as_dtype(dtype)
-    exponents = place.backend.xp.linspace(start, end, steps)
-    return _finish((base**exponents).astype(wanted), place, requires_grad)
+    xp = place.backend.xp
+    return _finish(place.backend.cast(xp.power(base, xp.linspace(start, end, steps)), wanted), place, requires_grad)
 
 
 @function(method=False)
@@ -316,7 +318,7 @@ def randint(
     place = as_device(device)
     wanted = dtypes.int64 if dtype is None else dtypes.as_dtype(dtype)
     drawn = random.integers(generator, _shape((size,)), low, high, np.dtype(np.int64), place.index)
-    return _finish(drawn if wanted == dtypes.int64 else drawn.astype(wanted), place, requires_grad)
+    return _finish(place.backend.cast(drawn, wanted), place, requires_grad)
 
 
 @function(method=False)
@@ -325,7 +327,7 @@ def randperm(n: int, *, generator: Generator | None = None, dtype: Any = None, d
     place = as_device(device)
     drawn = random.permutation(generator, n, place.index)
     wanted = dtypes.int64 if dtype is None else dtypes.as_dtype(dtype)
-    return wrap(drawn.astype(wanted, copy=False), place)
+    return wrap(place.backend.cast(drawn, wanted), place)
 
 
 @function(method=False)

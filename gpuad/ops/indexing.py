@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from gpuad.autograd.modes import state
-from gpuad.autograd.op import NUMBERS, check_devices, check_in_place, function, writable
+from gpuad.autograd.op import NUMBERS, Interpreters, check_devices, check_in_place, function, writable
 from gpuad.autograd.primitive import linear, primitive
 from gpuad.errors import DtypeError, ShapeError
 from gpuad.ops.reduction import Extreme, axis_of, sum_to_size
+from gpuad.ops.samples import Array, S
 from gpuad.tensor import Tensor, wrap
 
 
@@ -71,15 +72,26 @@ scatter_back = primitive(
     _scatter_add,
     vjp={"input": lambda g, key, basic: (slice_ if basic else take)(g, key=key)},
     jvp=linear,
+    samples=[
+        (S((3, 2)), {"shape": (3, 4), "key": (slice(None), slice(1, 3)), "basic": True}),
+        (S((3, 4)), {"shape": (2, 4), "key": (Array([1, 0, 1]),), "basic": False}),
+        (S((2,)), {"shape": (3, 4), "key": (Array([2, 2]), Array([1, 1])), "basic": False}),
+        (S(()), {"shape": (3,), "key": (1,), "basic": True}),
+    ],
     doc="Zeros with the input added at an index; repeated places add up.",
 )
 slice_ = primitive(
     "slice", _read, vjp={"input": lambda g, input_shape, key: scatter_back(g, shape=input_shape, key=key, basic=True)},
     jvp=linear, doc="A basic index: ints and slices, a view.", view=True,
+    samples=[(S((3, 4)), {"key": (1,)}), (S((3, 4)), {"key": (slice(None, None, 2), None, slice(1, 3))}),
+             (S((2, 3, 4)), {"key": (Ellipsis, 2)}), (S((3, 4)), {"key": (slice(2, 2),)}), (S(()), {"key": ()})],
 )  # fmt: skip
 take = primitive(
-    "index", _read, vjp={"input": lambda g, input_shape, key: scatter_back(g, shape=input_shape, key=key, basic=False)},
+    "index", lambda backend, input, *, key: backend.read_at(input, key),
+    vjp={"input": lambda g, input_shape, key: scatter_back(g, shape=input_shape, key=key, basic=False)},
     jvp=linear, doc="An advanced index: integer or bool arrays, a copy.",
+    samples=[(S((3, 4)), {"key": (Array([2, 0, 2]),)}), (S((3, 4)), {"key": (slice(None), Array([[0, 1], [-1, 0]]))}),
+             (S((3, 4)), {"key": (Array([0, 1]), Array([3, 3]))}), (S((3,)), {"key": (Array([True, False, True]),)})],
 )  # fmt: skip
 
 
@@ -141,6 +153,11 @@ index_put_ = primitive(
             _fit(t, key, input_shape), shape=input_shape, key=key, basic=basic
         ),
     },
+    samples=[
+        (S((3, 4)), S((4,)), {"key": (1,), "basic": True}), (S((3, 4)), S(()), {"key": (slice(1, 3),), "basic": True}),
+        (S((3, 4)), S((2, 1)), {"key": (Array([2, 0]),), "basic": False}),
+        (S((3, 4)), 0.5, {"key": (Array([2, 0]), Array([1, 1])), "basic": False}),
+    ],
     doc="The input with a value written at an index.",
 )
 
@@ -161,18 +178,25 @@ def setitem(self: Tensor, key: Any, value: Any) -> None:
     if not isinstance(value, (Tensor, *NUMBERS)):
         value = wrap(self._device.backend.asarray(np.asarray(value, self._data.dtype)), self._device)
     check_devices("assignment", (self, value), ("tensor", "value"))
+    shape = self._data[found].shape if basic else None
+    if isinstance(value, Tensor):
+        if basic and value._data.ndim > len(shape):  # type: ignore[arg-type]
+            value = value.reshape(value._data.shape[value._data.ndim - len(shape) :])  # type: ignore[arg-type]
+        value = value.to(self._data.dtype)
+    if Interpreters.active:
+        result = Interpreters.apply(index_put_, (self, value), {"key": found, "basic": basic})
+        if result is not NotImplemented:
+            Interpreters.write("setitem", self, result)
+            return
     grad_wanted = self._requires_grad or (isinstance(value, Tensor) and value._requires_grad)
     recording = state.enabled and grad_wanted
     check_in_place("setitem", self, self._data.dtype, self._data.shape, recording)
     data = writable("setitem", self)
     array = value._data if isinstance(value, Tensor) else value
     if isinstance(value, Tensor) and value._cell is self._cell:
-        array = array.copy()
-    shape = data[found].shape if basic else None
-    if isinstance(value, Tensor) and basic and value._data.ndim > len(shape):  # type: ignore[arg-type]
-        array = array.reshape(array.shape[-len(shape) :] if shape else ())  # type: ignore[arg-type]
+        array = self._device.backend.copy(array)
     try:
-        data[found] = array
+        self._device.backend.inside(data.__setitem__, found, array)
     except ValueError as error:
         given = tuple(value.shape) if isinstance(value, Tensor) else value
         raise ShapeError(f"A value of shape {given} does not fit the indexed place of a {tuple(self.shape)} tensor: "
@@ -228,6 +252,8 @@ gather_ = primitive(
     else input[_gather_key(backend, index, dim)],
     vjp={"input": lambda g, input_shape, index, dim: scatter_add_(g, shape=input_shape, index=index, dim=dim)},
     jvp=linear,
+    samples=[(S((3, 2)), {"index": Array([[0, 2], [1, 2]]), "dim": 0}),
+             (S((2, 3)), {"index": Array([[0, 0], [2, 1]]), "dim": 1})],
     doc="Elements picked along a dimension.",
 )
 
@@ -243,6 +269,8 @@ scatter_add_ = primitive(
     _scatter,
     vjp={"input": lambda g, index, dim: gather_(g, index=index, dim=dim)},
     jvp=linear,
+    samples=[(S((2, 2)), {"shape": (3, 2), "index": Array([[0, 2], [0, 1]]), "dim": 0}),
+             (S((2, 2)), {"shape": (2, 3), "index": Array([[0, 0], [2, 1]]), "dim": 1})],
     doc="Zeros with elements added along a dimension.",
 )
 
@@ -305,7 +333,7 @@ def argsort(input: Any, dim: int = -1, descending: bool = False, stable: bool = 
         found = xp.flip(data.shape[at] - 1 - xp.argsort(xp.flip(data, at), axis=at, kind="stable"), at)
     else:
         found = xp.argsort(data, axis=at, kind="stable")
-    return wrap(found.astype(np.int64), input._device)
+    return wrap(input._device.backend.cast(found, np.dtype(np.int64)), input._device)
 
 
 @function
@@ -328,17 +356,43 @@ def topk(input: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool =
     return Extreme((gather(input, at, order) if input.ndim else input, order))
 
 
-@function(method=False)
+@function(nn=True)
 def one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
     """For each class index a row of zeros with a one at that class, int64; −1 takes the largest index + 1."""
     n = int(tensor.max().item()) + 1 if num_classes < 0 else num_classes
     backend = tensor._device.backend
     backend.check_index(tensor._data, n, "class index", wrap_negative=False)
     hot = backend.xp.equal(tensor._data[..., None], backend.xp.arange(n))
-    return wrap(hot.astype(np.int64), tensor._device)
+    return wrap(backend.cast(hot, np.dtype(np.int64)), tensor._device)
 
 
-def embedding_lookup(weight: Any, index: Tensor) -> Any:
-    """The rows of weight that index names; rows named twice add up their gradients."""
-    weight._device.backend.check_index(index._data, weight._data.shape[0], "embedding index", wrap_negative=False)
-    return take(weight, key=(index._data,))
+embedding_ = primitive(
+    "embedding",
+    lambda backend, weight, *, index, padding: backend.read_at(weight, (index,)),
+    vjp={"weight": lambda g, weight_shape, index, padding: _rows_back(g, weight_shape, index, padding)},
+    jvp={"weight": lambda t, index, padding: take(t, key=(index,))},
+    doc="Rows of a matrix picked by their numbers.",
+)
+
+
+def _rows_back(g: Any, shape: Any, index: Any, padding: int | None) -> Any:
+    if padding is not None:
+        counted = (index != padding)[..., None]
+        g = g * (wrap(counted).to(g.dtype) if isinstance(g, Tensor) else counted.astype(g.dtype))
+    return scatter_back(g, shape=shape, key=(index,), basic=False)
+
+
+@function(nn=True)
+def embedding(input: Tensor, weight: Any, padding_idx: int | None = None) -> Any:
+    """The rows of weight (n, d) that the integers in input (*) name: (*, d).
+
+    Rows named several times add up their gradients; the row padding_idx gets none. Errors: IndexError for a number
+    outside [0, n).
+    """
+    check_devices("embedding", (input, weight), ("input", "weight"))
+    if input._data.dtype.kind not in "iu":
+        raise DtypeError(f"embedding() takes integers, got {input.dtype}; convert them first: input.long().")
+    rows = weight._data.shape[0]
+    weight._device.backend.check_index(input._data, rows, "embedding index", wrap_negative=False)
+    padding = padding_idx + rows if padding_idx is not None and padding_idx < 0 else padding_idx
+    return embedding_(weight, index=input._data, padding=padding)

@@ -205,7 +205,7 @@ def _sum_rows(g: Any, into: Any) -> Any:
     return backend.sum(g, (0,), False, buffer)
 
 
-@function(name="linear", method=False)
+@function(name="linear", nn=True)
 def linear(input: Any, weight: Any, bias: Any = None) -> Any:
     """input @ weight.T + bias.
 
@@ -224,7 +224,7 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
     return linear_(flat, weight, bias).reshape(shape)
 
 
-@function(name="bilinear", method=False)
+@function(name="bilinear", nn=True)
 def bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
     """y_o = input1ᵀ weight_o input2 + bias_o.
 

@@ -15,8 +15,8 @@ from gpuad.autograd.op import function
 from gpuad.autograd.primitive import linear, primitive
 from gpuad.errors import DtypeError, ShapeError
 from gpuad.kernels import scalar as f
-from gpuad.ops.arithmetic import maximum, minimum
-from gpuad.ops.samples import S
+from gpuad.ops.arithmetic import eq, maximum, minimum
+from gpuad.ops.samples import S, reductions
 from gpuad.tensor import Tensor, wrap
 
 
@@ -36,7 +36,7 @@ def axis_of(name: str, dim: Any, ndim: int) -> int:
     """One dimension, counted from 0; a 0-d tensor has dimensions 0 and −1."""
     if not isinstance(dim, (int, np.integer)) or isinstance(dim, bool):
         raise TypeError(f"{name} takes a dimension as an int, got {dim!r}.")
-    n = max(ndim, 1)
+    n = ndim or 1
     if not -n <= dim < n:
         raise ShapeError(f"{name} got dimension {dim}, but the tensor has {ndim}: {-n} to {n - 1} exist.")
     return int(dim) % n
@@ -67,6 +67,7 @@ sum_ = primitive(
     lambda backend, input, *, axes, keepdims: backend.sum(input, axes, keepdims),
     vjp={"input": lambda g, input_shape, axes, keepdims: _expand(g, input_shape, axes, keepdims)},
     jvp=linear,
+    samples=reductions(),
     doc="The sum over axes.",
 )
 mean_ = primitive(
@@ -74,6 +75,7 @@ mean_ = primitive(
     lambda backend, input, *, axes, keepdims, scale: backend.sum(input, axes, keepdims, None, scale),
     vjp={"input": lambda g, input_shape, axes, keepdims, scale: _expand(g * scale, input_shape, axes, keepdims)},
     jvp=linear,
+    samples=reductions(scale=0.25),
     doc="The mean over axes.",
 )
 
@@ -124,12 +126,8 @@ def _extreme(name: str) -> Any:
     """amax or amin: ties share the gradient evenly, as in PyTorch."""
 
     def rule(g: Any, input: Any, out: Any, input_shape: Any, axes: Any, keepdims: bool) -> Any:
-        chosen = (input == _expand(out, input_shape, axes, keepdims)) if isinstance(input, Tensor) else None
-        if chosen is None:
-            chosen = of_array(input).backend.xp.equal(input, _expand(out, input_shape, axes, keepdims))
-            share = chosen.astype(g.dtype)
-        else:
-            share = chosen.to(g.dtype)
+        chosen = eq(input, _expand(out, input_shape, axes, keepdims))
+        share = chosen.to(g.dtype) if isinstance(chosen, Tensor) else chosen.astype(g.dtype)
         count = sum_(share, axes=axes, keepdims=True)
         return _expand(g, input_shape, axes, keepdims) * share / count
 
@@ -144,6 +142,7 @@ def _extreme(name: str) -> Any:
         ),
         vjp={"input": rule},
         jvp={"input": jvp_rule},
+        samples=reductions(empty=False),
         doc=f"The {'largest' if name == 'amax' else 'smallest'} element over axes.",
     )
 
@@ -246,8 +245,9 @@ def _select(name: str, whole: Any, arg: Any, pair: Any) -> Any:
     )
     return function(select, name=name)
 
-max = _select("max", amax, argmax, maximum)
-min = _select("min", amin, argmin, minimum)
+
+_select("max", amax, argmax, maximum)
+_select("min", amin, argmin, minimum)
 
 
 def _prod_rule(g: Any, input: Any, input_shape: Any, axes: Any, keepdims: bool) -> Any:
@@ -281,6 +281,7 @@ prod_ = primitive(
     ),
     vjp={"input": _prod_rule},
     jvp={"input": lambda t, input, axes, keepdims: sum_(t * _others(input, axes[0]), axes=axes, keepdims=keepdims)},
+    samples=[(S((3, 4)), {"axes": (0,), "keepdims": False}), (S((2, 3, 4)), {"axes": (1,), "keepdims": True})],
     doc="The product over one axis.",
 )
 
@@ -381,6 +382,8 @@ def _cumsum(backend: Any, input: Any, *, dim: int, reverse: bool) -> Any:
 
 cumsum_ = primitive(
     "cumsum", _cumsum, vjp={"input": lambda g, dim, reverse: cumsum_(g, dim=dim, reverse=not reverse)}, jvp=linear,
+    samples=[(S((3, 4)), {"dim": 0, "reverse": False}), (S((2, 3, 4)), {"dim": 1, "reverse": True}),
+             (S((0, 3)), {"dim": 1, "reverse": False})],
     doc="Sums of all elements up to each, along a dimension.",
 )  # fmt: skip
 

@@ -46,7 +46,8 @@ reshape_ = primitive(
     lambda backend, input, *, shape: input.reshape(shape),
     vjp={"input": lambda g, input_shape: g.reshape(input_shape)},
     jvp=linear,
-    samples=[],
+    samples=[(S((3, 4)), {"shape": (2, 6)}), (S((2, 3, 4)), {"shape": (6, 4)}), (S(()), {"shape": (1, 1)}),
+             (S((0, 3)), {"shape": (3, 0)})],
     doc="The same elements in another shape.",
     view=True,
 )
@@ -72,7 +73,7 @@ def _shares(a: Any, b: Any) -> bool:
 
 
 alias = primitive("alias", lambda backend, input: input[...], vjp={"input": lambda g: g}, jvp=linear, view=True,
-                  doc="The same memory as another tensor.")  # fmt: skip
+                  samples=[(S((3, 4)),), (S(()),), (S((0, 3)),)], doc="The same memory as another tensor.")  # fmt: skip
 
 
 @function
@@ -134,6 +135,7 @@ permute_ = primitive(
     lambda backend, input, *, dims: input.transpose(dims),
     vjp={"input": lambda g, dims: permute(g, tuple(int(i) for i in np.argsort(dims)))},
     jvp=linear,
+    samples=[(S((3, 4)), {"dims": (1, 0)}), (S((2, 3, 4)), {"dims": (2, 0, 1)}), (S(()), {"dims": ()})],
     doc="The dimensions in another order.",
     view=True,
 )
@@ -190,6 +192,8 @@ expand_ = primitive(
     lambda backend, input, *, shape: backend.xp.broadcast_to(input, shape),
     vjp={"input": lambda g, input_shape: _unexpand(g, input_shape)},
     jvp=linear,
+    samples=[(S((3, 1)), {"shape": (3, 4)}), (S((4,)), {"shape": (2, 3, 4)}), (S(()), {"shape": (2,)}),
+             (S((1, 3)), {"shape": (0, 3)})],
     doc="Dimensions of length 1 repeated without a copy.",
     view=True,
 )
@@ -217,6 +221,8 @@ def expand(input: Any, *sizes: Any) -> Any:
             )
     if any(n < 0 for n in size):
         raise ShapeError(f"expand() needs a length for new dimensions, got {tuple(size)} for shape {own}.")
+    if size[extra:] == list(own) and math.prod(size[:extra]) == 1:
+        return reshape(input, tuple(size))  # nothing is repeated, so it can be written to
     return expand_(input, shape=tuple(size))
 
 
@@ -314,6 +320,7 @@ narrow_ = primitive(
     lambda backend, input, *, dim, start, length: input[_slices(input.shape, dim, start, length)],
     vjp={"input": lambda g, input_shape, dim, start, length: pad_(g, shape=input_shape, dim=dim, start=start)},
     jvp=linear,
+    samples=[(S((3, 4)), {"dim": 1, "start": 1, "length": 2}), (S((3, 4)), {"dim": 0, "start": 3, "length": 0})],
     doc="A stretch of one dimension.",
     view=True,
 )
@@ -330,6 +337,7 @@ pad_ = primitive(
     _pad,
     vjp={"input": lambda g, input_shape, dim, start: narrow_(g, dim=dim, start=start, length=input_shape[dim])},
     jvp=linear,
+    samples=[(S((3, 2)), {"shape": (3, 4), "dim": 1, "start": 1}), (S((0, 4)), {"shape": (3, 4), "dim": 0, "start": 1})],
     doc="Zeros of a shape with the input as a stretch of one dimension.",
 )
 
@@ -394,6 +402,7 @@ cat_ = primitive(
     lambda backend, *inputs, dim: backend.xp.concatenate(inputs, axis=dim),
     vjp={"inputs": _cat_rule},
     jvp=linear,
+    samples=[(S((3, 4)), S((3, 2)), {"dim": 1}), (S((2,)), S((0,)), S((3,)), {"dim": 0}), (S((3, 4)), {"dim": 0})],
     doc="Tensors joined along a dimension.",
     variadic=True,
 )
@@ -466,6 +475,7 @@ flip_ = primitive(
     lambda backend, input, *, dims: backend.copy(backend.xp.flip(input, dims)),
     vjp={"input": lambda g, dims: flip_(g, dims=dims)},
     jvp=linear,
+    samples=[(S((3, 4)), {"dims": (0,)}), (S((2, 3, 4)), {"dims": (0, 2)})],
     doc="The order of entries reversed.",
 )
 
@@ -481,6 +491,7 @@ roll_ = primitive(
     lambda backend, input, *, shifts, dims: backend.xp.roll(input, shifts, dims),
     vjp={"input": lambda g, shifts, dims: roll_(g, shifts=tuple(-s for s in shifts), dims=dims)},
     jvp=linear,
+    samples=[(S((3, 4)), {"shifts": (1,), "dims": (0,)}), (S((3, 4)), {"shifts": (2, -1), "dims": (0, 1)})],
     doc="Entries shifted around.",
 )
 
@@ -501,6 +512,7 @@ def _triangle(name: str, other: str, doc: str) -> Any:
         lambda backend, input, *, diagonal: getattr(backend.xp, name)(input, diagonal),
         vjp={"input": lambda g, diagonal: made(g, diagonal=diagonal)},
         jvp=linear,
+        samples=[(S((3, 4)), {"diagonal": 0}), (S((2, 3, 3)), {"diagonal": -1}), (S((4, 3)), {"diagonal": 1})],
         doc=doc,
     )
 
@@ -522,6 +534,7 @@ diagonal_ = primitive(
     lambda backend, input, *, offset: backend.xp.diagonal(input, offset, -2, -1),
     vjp={"input": lambda g, input_shape, offset: diagonal_scatter_(g, shape=input_shape, offset=offset)},
     jvp=linear,
+    samples=[(S((3, 4)), {"offset": 0}), (S((2, 3, 4)), {"offset": 1}), (S((4, 3)), {"offset": -2})],
     doc="The diagonal of matrices.",
 )
 
@@ -536,6 +549,7 @@ def _diagonal_scatter(backend: Any, input: Any, *, shape: tuple[int, ...], offse
 diagonal_scatter_ = primitive(
     "diagonal_embed", _diagonal_scatter,
     vjp={"input": lambda g, offset: diagonal_(g, offset=offset)}, jvp=linear, doc="Zeros with a diagonal.",
+    samples=[(S((3,)), {"shape": (3, 4), "offset": 0}), (S((2, 3)), {"shape": (2, 3, 4), "offset": 1})],
 )  # fmt: skip
 
 

@@ -186,11 +186,17 @@ _END = object()
 
 def _in_threads(fetch: Callable[[Any], Any], keys: Iterable[Any], workers: int, ahead: int) -> Iterator[Any]:
     """fetch(key) for each key in order, up to `ahead` of them begun before they are asked for."""
+    device = gpuad.get_default_device()  # threads begin without the caller's
+
+    def fetch_there(key: Any) -> Any:
+        with device:
+            return fetch(key)
+
     pending: deque[Future[Any]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="gpuad-loader") as threads:
         try:
             for key in keys:
-                pending.append(threads.submit(fetch, key))
+                pending.append(threads.submit(fetch_there, key))
                 if len(pending) == ahead:
                     yield pending.popleft().result()
             while pending:

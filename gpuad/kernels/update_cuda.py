@@ -1,0 +1,174 @@
+"""An update as a CUDA kernel: one launch for all parameters of a device and dtype.
+
+The kernel walks a table with a row for each parameter: its first block, its set of numbers, its length, its pointers.
+The table and the numbers are kernel arguments, passed by value, so nothing is copied to the device; a table too long
+for that lies on the device and is written anew only when a row changes. All that changes from step to step are the
+numbers (what the prelude made of hyperparameters and step counts), and the kernel reads them through NUMBER only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gpuad.kernels.cuda_kernel import C_TYPES, PREAMBLE, compute_dtype, write_statements
+from gpuad.kernels.expr import Expr
+
+if TYPE_CHECKING:
+    from gpuad.kernels.update import Update
+
+THREADS = 256
+EACH = 4  # elements of a thread, whose loads are under way together
+# All arguments of a kernel take 4096 bytes at most (CUDA programming guide, "__global__ function parameters"; 32764
+# only from CUDA 12.1 and Volta on). A quarter for the numbers, 64 for the rest.
+NUMBERS_BYTES = 1024
+TABLE_WORDS = (4096 - NUMBERS_BYTES - 64) // 8
+
+_SOURCE = r"""
+#include <cupy/carray.cuh>
+#include <cupy/float16.cuh>
+{preamble}
+struct Table {{ unsigned long long word[{words}]; }};
+struct Numbers {{ {compute} value[{room}]; }};
+#define NUMBER(set, k) numbers.value[(set) * {numbers} + (k)]
+#define ROW(row, column) table{member}[(row) * {columns} + (column)]
+
+extern "C" __global__ void __launch_bounds__({threads})
+{name}({table} table, const Numbers numbers, const int rows) {{
+  // The row of this block is the last whose first block is not behind it.
+  int row = 0;
+  for (int end = rows; end - row > 1;) {{
+    const int middle = (row + end) / 2;
+    if ((unsigned int)ROW(middle, 0) <= blockIdx.x) row = middle; else end = middle;
+  }}
+  const int set = int(ROW(row, 0) >> 32);
+  const long long length = ROW(row, 1);
+  const long long start = (long long)(blockIdx.x - (unsigned int)ROW(row, 0)) * {chunk} + threadIdx.x;
+  {setup}
+  #pragma unroll
+  for (int k = 0; k < {each}; ++k) {{
+    const long long i = start + k * {threads};
+    if (i < length) {{ {load} }}
+  }}
+  #pragma unroll
+  for (int k = 0; k < {each}; ++k) {{
+    const long long i = start + k * {threads};
+    if (i < length) {{
+      {body}
+    }}
+  }}
+}}
+"""
+
+
+class CudaUpdate:
+    """Runs an update on the arrays of one CUDA device and dtype."""
+
+    def __init__(self, update: Update, dtype: np.dtype) -> None:
+        self.update, self.dtype = update, dtype
+        number = compute_dtype(dtype)
+        self._sets = NUMBERS_BYTES // (number.itemsize * max(1, update.numbers))  # in a launch
+        self._numbers = np.zeros((), [("value", number, NUMBERS_BYTES // number.itemsize)])
+        self._tables: dict[int, _Table] = {}
+
+    def prepare(self, arrays: Sequence[Any]) -> Any:
+        """What `run` wants to know of a parameter's arrays: (length, pointers…), None where their layouts differ."""
+        if all([a.flags.c_contiguous for a in arrays]) or all([a.flags.f_contiguous for a in arrays]):
+            return (arrays[0].size, *[a.data.ptr for a in arrays])
+        return None
+
+    def run(self, sets: Sequence[tuple[tuple[float, ...], list]]) -> None:
+        """Update the parameters of each (numbers, [(prepared, p, grad, *states), …])."""
+        for first in range(0, len(sets), self._sets):
+            self._launch(first, sets[first : first + self._sets])
+
+    def _launch(self, first: int, sets: Sequence[tuple[tuple[float, ...], list]]) -> None:
+        rows = [[item[0] for item in items] for _, items in sets]
+        table = self._tables.get(first)
+        if table is None or table.of != rows:
+            table = self._tables[first] = _Table(rows)
+        values = self._numbers["value"]
+        for i, (numbers, items) in enumerate(sets):
+            values[i * len(numbers) : (i + 1) * len(numbers)] = numbers
+            if table.gaps:
+                self._strided(numbers, items)
+        if table.rows:
+            arguments = (table.words, self._numbers, np.int32(table.rows))
+            self._kernel(table.by_value)((table.blocks,), (THREADS,), arguments)
+
+    def _strided(self, numbers: tuple[float, ...], items: list) -> None:
+        """A launch for each parameter that has not the layout of its gradient and state: strides take indexing."""
+        program = self.update.formula.runner("cuda")
+        for prepared, *arrays in items:
+            if prepared is None:
+                program([*arrays, *numbers], self.dtype, [arrays[0], *arrays[2:]])
+
+    def _kernel(self, by_value: bool) -> Any:
+        compiled, key = self.update.compiled, ("cuda", self.dtype, by_value)
+        found = compiled.get(key)
+        if found is None:
+            import cupy
+
+            name = f"gpuad_update_{self.update.name}"
+            found = compiled[key] = cupy.RawKernel(self.source(by_value), name)
+        return found
+
+    def source(self, by_value: bool = True) -> str:
+        """The CUDA C++ of the kernel."""
+        formula, count = self.update.formula, self.update.arrays
+        compute = C_TYPES[compute_dtype(self.dtype).name]
+        stored = C_TYPES[self.dtype.name]
+        names: dict[Expr, str] = {v: f"u{i}" for i, v in enumerate(formula.inputs[:count])}
+        names.update({v: f"n{k}" for k, v in enumerate(formula.inputs[count:])})
+        setup = [f"{stored}* a{i} = ({stored}*)ROW(row, {2 + i}); {stored} r{i}[{EACH}];" for i in range(count)]
+        setup += [f"const {compute} n{k} = NUMBER(set, {k});" for k in range(self.update.numbers)]
+        body = [f"const {compute} u{i} = ({compute})r{i}[k];" for i in range(count)]
+        body += write_statements(formula.outputs, names, compute)
+        # The new p goes where p is, the new states where they are; the gradient, input 1, is only read.
+        for i, output in enumerate(formula.outputs):
+            body.append(f"a{i + 1 if i else 0}[i] = ({stored}){names[output]};")
+        return _SOURCE.format(
+            preamble=PREAMBLE,
+            words=TABLE_WORDS,
+            compute=compute,
+            room=NUMBERS_BYTES // compute_dtype(self.dtype).itemsize,
+            numbers=self.update.numbers,
+            member=".word" if by_value else "",
+            columns=2 + count,
+            threads=THREADS,
+            each=EACH,
+            chunk=THREADS * EACH,
+            name=f"gpuad_update_{self.update.name}",
+            table="const Table" if by_value else "const unsigned long long*",
+            setup="\n  ".join(setup),
+            load=" ".join(f"r{i}[k] = a{i}[i];" for i in range(count)),
+            body="\n      ".join(body),
+        )
+
+
+class _Table:
+    """The rows of a launch, made of the (length, pointers…) of each parameter in each set."""
+
+    def __init__(self, of: list[list[Any]]) -> None:
+        self.of = of
+        self.gaps = any(row is None for rows in of for row in rows)
+        self.blocks = 0
+        words: list[tuple[int, ...]] = []
+        for number, rows in enumerate(of):
+            for row in rows:
+                if row is not None and row[0]:
+                    words.append((number << 32 | self.blocks, *row))
+                    self.blocks += -(-row[0] // (THREADS * EACH))
+        self.rows = len(words)
+        flat = np.array(words, np.uint64).reshape(-1)
+        self.by_value = flat.size <= TABLE_WORDS
+        self.words: Any
+        if self.by_value:
+            self.words = np.zeros((), [("word", np.uint64, TABLE_WORDS)])
+            self.words["word"][: flat.size] = flat
+        else:
+            import cupy
+
+            self.words = cupy.asarray(flat)

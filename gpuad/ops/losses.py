@@ -1,0 +1,303 @@
+"""Losses: each is the formula of one term, with a mean or sum behind it, in one launch each way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpuad.autograd.elementwise import Elementwise, elementwise
+from gpuad.autograd.op import check_devices, describe, function
+from gpuad.autograd.reduced import Reduced
+from gpuad.errors import DtypeError, ShapeError
+from gpuad.kernels.scalar import (
+    abs, clamp, exp, log, log1p, maximum, ne, row_at, row_logsumexp, where,
+)  # fmt: skip
+from gpuad.ops.samples import S
+from gpuad.tensor import Tensor
+
+
+class _Loss:
+    """A loss in its three reductions, from the formula of one term."""
+
+    def __init__(self, name: str, term: Any, samples: Any, doc: str) -> None:
+        self.name = name
+        self.each = Elementwise(f"{name}_each", term, samples, doc)
+        self.over_all = Reduced(name, term, samples, doc)
+
+    def __call__(self, *inputs: Any, reduction: str) -> Any:
+        if reduction == "none":
+            return self.each(*inputs)
+        return self.over_all(*inputs, mean=_is_mean(reduction))
+
+
+def _is_mean(reduction: str) -> bool:
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction is 'none', 'mean' or 'sum', got {reduction!r}.")
+    return reduction == "mean"
+
+
+def _check_shapes(name: str, input: Any, target: Any, broadcast: bool = True) -> None:
+    if tuple(input.shape) == tuple(target.shape):
+        return
+    if broadcast:
+        import warnings
+
+        warnings.warn(
+            f"{name} got an input of shape {tuple(input.shape)} and a target of shape {tuple(target.shape)}, which "
+            "broadcast against each other; that is seldom meant. Give them the same shape, e.g. target.unsqueeze(1).",
+            stacklevel=3,
+        )
+        return
+    raise ShapeError(f"{name} needs equal shapes:\n  input   {describe(input)}\n  target  {describe(target)}")
+
+
+_pair = [(S((3, 4)), S((3, 4))), (S((3, 4)), S((4,))), (S(()), S(())), (S((0, 3)), S((0, 3)))]
+_squared = _Loss("mse_loss", lambda input, target: (input - target) * (input - target), _pair, "(input − target)².")
+_absolute = _Loss("l1_loss", lambda input, target: abs(input - target), _pair, "|input − target|.")
+_smooth = _Loss(
+    "smooth_l1_loss",
+    lambda input, target, beta: where(
+        abs(input - target) < beta, 0.5 * (input - target) * (input - target) / beta, abs(input - target) - 0.5 * beta
+    ),
+    [(S((3, 4), 0, 1), S((3, 4), 3, 4), 1.0), (S((3, 4), 0, 0.4), S((3, 4), 0, 0.4), 1.0)],
+    "½ d² / beta where |d| < beta, else |d| − ½ beta, with d = input − target.",
+)
+_huber = _Loss(
+    "huber_loss",
+    lambda input, target, delta: where(
+        abs(input - target) <= delta, 0.5 * (input - target) * (input - target), delta * (abs(input - target) - 0.5 * delta)
+    ),
+    [(S((3, 4), 0, 1), S((3, 4), 3, 4), 1.5), (S((3, 4), 0, 0.4), S((3, 4), 0, 0.4), 1.5)],
+    "½ d² where |d| ≤ delta, else delta (|d| − ½ delta), with d = input − target.",
+)
+
+
+@function(nn=True)
+def mse_loss(input: Any, target: Any, reduction: str = "mean") -> Any:
+    """The mean (or sum, or each) of (input − target)²."""
+    _check_shapes("mse_loss", input, target)
+    return _squared(input, target, reduction=reduction)
+
+
+@function(nn=True)
+def l1_loss(input: Any, target: Any, reduction: str = "mean") -> Any:
+    """The mean (or sum, or each) of |input − target|."""
+    _check_shapes("l1_loss", input, target)
+    return _absolute(input, target, reduction=reduction)
+
+
+@function(nn=True)
+def smooth_l1_loss(input: Any, target: Any, reduction: str = "mean", beta: float = 1.0) -> Any:
+    """The mean (or sum, or each) of ½ d² / beta where |d| < beta, else |d| − ½ beta; d = input − target."""
+    _check_shapes("smooth_l1_loss", input, target)
+    if beta < 0:
+        raise ValueError(f"smooth_l1_loss takes beta ≥ 0, got {beta}.")
+    return _absolute(input, target, reduction=reduction) if beta == 0 else _smooth(input, target, beta, reduction=reduction)
+
+
+@function(nn=True)
+def huber_loss(input: Any, target: Any, reduction: str = "mean", delta: float = 1.0) -> Any:
+    """The mean (or sum, or each) of ½ d² where |d| ≤ delta, else delta (|d| − ½ delta); d = input − target.
+
+    Source: Huber, "Robust Estimation of a Location Parameter", 1964.
+    """
+    _check_shapes("huber_loss", input, target)
+    if delta <= 0:
+        raise ValueError(f"huber_loss takes delta > 0, got {delta}.")
+    return _huber(input, target, delta, reduction=reduction)
+
+
+_probability = [(S((3, 4), 0.1, 0.9), S((3, 4), 0.1, 0.9))]
+# The logarithms are cut at −100 as in PyTorch, so that a saturated probability costs 100, not infinity.
+_bce = _Loss(
+    "binary_cross_entropy",
+    lambda input, target: -(target * clamp(log(input), -100.0, None) + (1 - target) * clamp(log1p(-input), -100.0, None)),
+    _probability, "−(t log p + (1 − t) log(1 − p)).",
+)  # fmt: skip
+_bce_logits = _Loss(
+    "binary_cross_entropy_with_logits",
+    lambda input, target: maximum(input, 0.0) - input * target + log1p(exp(-abs(input))),
+    [(S((3, 4), -2, 2, (0,)), S((3, 4), 0.1, 0.9))], "−(t log σ(x) + (1 − t) log(1 − σ(x))), without overflow.",
+)  # fmt: skip
+
+
+def _weighted(each: Any, weight: Any, reduction: str) -> Any:
+    each = each if weight is None else each * weight
+    if reduction == "none":
+        return each
+    return each.mean() if _is_mean(reduction) else each.sum()
+
+
+@function(nn=True)
+def binary_cross_entropy(input: Any, target: Any, weight: Any = None, reduction: str = "mean") -> Any:
+    """The mean (or sum, or each) of −(t log p + (1 − t) log(1 − p)), p = input in [0, 1], t = target."""
+    _check_shapes("binary_cross_entropy", input, target, broadcast=False)
+    if weight is None:
+        return _bce(input, target, reduction=reduction)
+    return _weighted(_bce(input, target, reduction="none"), weight, reduction)
+
+
+@function(nn=True)
+def binary_cross_entropy_with_logits(
+    input: Any, target: Any, weight: Any = None, reduction: str = "mean", pos_weight: Any = None
+) -> Any:
+    """binary_cross_entropy of sigmoid(input), computed without overflow; pos_weight multiplies the positive terms."""
+    _check_shapes("binary_cross_entropy_with_logits", input, target, broadcast=False)
+    if pos_weight is None and weight is None:
+        return _bce_logits(input, target, reduction=reduction)
+    if pos_weight is None:
+        return _weighted(_bce_logits(input, target, reduction="none"), weight, reduction)
+    return _weighted(_bce_positive(input, target, pos_weight), weight, reduction)
+
+
+_bce_positive = elementwise(
+    "bce_with_logits_positive",
+    lambda input, target, pos_weight: (1 - target) * input
+    + (1 + (pos_weight - 1) * target) * (log1p(exp(-abs(input))) + maximum(-input, 0.0)),
+    [(S((3, 4), -2, 2, (0,)), S((3, 4), 0.1, 0.9), S((4,), 0.5, 2))],
+    "binary_cross_entropy_with_logits with a weight on the positive terms.", method=False,
+)  # fmt: skip
+_kl = _Loss(
+    "kl_div",
+    lambda input, target: where(target > 0, target * (log(target) - input), 0.0),
+    [(S((3, 4)), S((3, 4), 0.1, 0.9))], "t (log t − x), 0 where t is 0.",
+)  # fmt: skip
+_kl_log = _Loss("kl_div_log", lambda input, target: exp(target) * (target - input), _pair, "exp(t) (t − x).")
+
+
+@function(nn=True)
+def kl_div(input: Any, target: Any, reduction: str = "mean", log_target: bool = False) -> Any:
+    """The Kullback–Leibler divergence t (log t − x), x = input in log space; "batchmean" divides by input.shape[0]."""
+    loss = _kl_log if log_target else _kl
+    if reduction == "batchmean":
+        return loss(input, target, reduction="sum") / input.shape[0]
+    return loss(input, target, reduction=reduction)
+
+
+# Classification -------------------------------------------------------------------------------------------------------
+
+
+def _plain_term(input: Any, label: Any) -> tuple[Any, Any]:
+    lse = row_logsumexp(input)
+    return lse - row_at(input, label), lse
+
+
+def _masked_term(input: Any, label: Any, ignore: Any) -> tuple[Any, Any, Any]:
+    lse = row_logsumexp(input)
+    weight = where(ne(label, ignore), 1.0, 0.0)
+    place = where(ne(label, ignore), label, 0)
+    return weight * (lse - row_at(input, place)), weight, lse
+
+
+def _nll_term(input: Any, label: Any, ignore: Any) -> tuple[Any, Any]:
+    weight = where(ne(label, ignore), 1.0, 0.0)
+    return -weight * row_at(input, where(ne(label, ignore), label, 0)), weight
+
+
+_labels = {"rows": ("label",), "labels": ("label", "ignore"), "scalars": ("ignore",)}
+ce_plain = Reduced("cross_entropy", _plain_term, (), "logsumexp(x) − x[label], x a row.", rows=("label",), labels=("label",))
+ce_masked = Reduced("cross_entropy_masked", _masked_term, (), "The same, without rows to ignore.", weighted=True, **_labels)
+nll_masked = Reduced("nll_loss", _nll_term, (), "−x[label], x a row of log-probabilities.", weighted=True, **_labels)
+
+
+def _check_labels(name: str, input: Any, target: Any) -> None:
+    if target.dtype.kind not in "iu":
+        raise DtypeError(
+            f"{name} takes class indices as integers, or probabilities of the shape of its input:\n  input   "
+            f"{describe(input)}\n  target  {describe(target)}"
+        )
+    if target.ndim != input.ndim - 1 or target.shape[:1] != input.shape[: 1 if target.ndim else 0] or (
+        tuple(target.shape[1:]) != tuple(input.shape[2:])
+    ):
+        raise ShapeError(
+            f"{name} takes input (N, C, *) and class indices (N, *):\n  input   {describe(input)}\n  target  "
+            f"{describe(target)}"
+        )
+    check_devices(name, (input, target), ("input", "target"))
+
+
+def _as_rows(input: Any, target: Any) -> tuple[Any, Any]:
+    """(N, C, *) and (N, *) as (rows, C) and (rows,)."""
+    if input.ndim == 2:
+        return input, target
+    if input.ndim == 1:
+        return input.unsqueeze(0), target.reshape(1)
+    classes = input.shape[1]
+    return input.movedim(1, -1).reshape(-1, classes), target.reshape(-1)
+
+
+@function(nn=True)
+def cross_entropy(
+    input: Any, target: Any, weight: Any = None, ignore_index: int = -100, reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:  # fmt: skip
+    """The cross-entropy of softmax(input) with the target classes.
+
+    input: (N, C, *) or (C,), unnormalised log-probabilities. target: class indices (N, *) int64, or probabilities of
+    input's shape. weight: (C,), of each class. Rows with target ignore_index count nothing. label_smoothing moves that
+    share of the target to all classes evenly. "mean" divides by the weights of the targets.
+    Errors: IndexError for an index outside [0, C).
+    """
+    if not isinstance(input, Tensor) or not isinstance(target, Tensor):
+        raise TypeError(f"cross_entropy takes Tensors, got {type(input).__name__} and {type(target).__name__}.")
+    if target._data.dtype.kind == "f":
+        return _soft_cross_entropy(input, target, weight, reduction, label_smoothing)
+    _check_labels("cross_entropy", input, target)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing is between 0 and 1, got {label_smoothing}.")
+    rows, labels = _as_rows(input, target)
+    valid = input._device.backend.check_labels(labels._data, rows._data.shape[1], ignore_index)
+    if weight is None and not label_smoothing and reduction != "none":
+        mean = _is_mean(reduction)
+        return ce_plain(rows, labels, mean=mean) if valid else ce_masked(rows, labels, ignore_index, mean=mean)
+    logp = rows.log_softmax(1)
+    loss, total = _nll(logp, labels, weight, ignore_index)
+    if label_smoothing:
+        classes = rows.shape[1]
+        counted = (labels != ignore_index).to(logp.dtype)
+        smooth = -(logp if weight is None else logp * weight).sum(1) * counted / classes
+        loss = loss * (1 - label_smoothing) + smooth * label_smoothing
+    if reduction == "none":
+        return loss.reshape(target.shape)
+    return loss.sum() / total.sum() if _is_mean(reduction) else loss.sum()
+
+
+def _nll(logp: Any, labels: Any, weight: Any, ignore_index: int) -> tuple[Any, Any]:
+    """−weight[label] logp[label] for each row, and the weights; 0 where the label is ignored."""
+    counted = labels != ignore_index
+    place = labels.masked_fill(~counted, 0)
+    share = counted.to(logp.dtype)
+    if weight is not None:
+        share = share * weight[place]
+    return -logp.gather(1, place.unsqueeze(1)).squeeze(1) * share, share
+
+
+def _soft_cross_entropy(input: Any, target: Any, weight: Any, reduction: str, label_smoothing: float) -> Any:
+    _check_shapes("cross_entropy with probabilities", input, target, broadcast=False)
+    axis = 1 if input.ndim > 1 else 0
+    classes = input.shape[axis]
+    if label_smoothing:
+        target = target * (1 - label_smoothing) + label_smoothing / classes
+    terms = input.log_softmax(axis) * target
+    if weight is not None:
+        terms = terms * weight.reshape((classes, *(1 for _ in input.shape[2:])))
+    loss = -terms.sum(axis)
+    if reduction == "none":
+        return loss
+    return loss.mean() if _is_mean(reduction) else loss.sum()
+
+
+@function(nn=True)
+def nll_loss(
+    input: Any, target: Any, weight: Any = None, ignore_index: int = -100, reduction: str = "mean"
+) -> Any:
+    """−input[target] for rows of log-probabilities; arguments as of cross_entropy."""
+    _check_labels("nll_loss", input, target)
+    rows, labels = _as_rows(input, target)
+    input._device.backend.check_labels(labels._data, rows._data.shape[1], ignore_index)
+    if weight is None and reduction != "none":
+        return nll_masked(rows, labels, ignore_index, mean=_is_mean(reduction))
+    loss, total = _nll(rows, labels, weight, ignore_index)
+    if reduction == "none":
+        return loss.reshape(target.shape)
+    return loss.sum() / total.sum() if _is_mean(reduction) else loss.sum()
+
