@@ -52,7 +52,7 @@ def current_device() -> int:
 
 def set_device(device: Any) -> None:
     """Make a device the current one of this thread: "cuda" stands for it from now on."""
-    _cuda(device).backend._device.use()
+    _current(device).use()
 
 
 class device:
@@ -102,6 +102,12 @@ def get_device_capability(device: Any = None) -> tuple[int, int]:
     return get_device_properties(device)[1:3]
 
 
+def _current(device: Any) -> Any:
+    """A context in which a CUDA device is CuPy's current one."""
+    place: Any = _cuda(device).backend
+    return place._device
+
+
 def _cuda(device: Any) -> Device:
     """A CUDA device from what a user passed; None is the current one."""
     found = Device("cuda" if device is None else device)
@@ -149,7 +155,7 @@ class Stream:
     def __init__(self, device: Any = None, priority: int = 0, *, cupy: Any = None) -> None:
         self.device = _cuda(device)
         if cupy is None:
-            with self.device.backend._device:  # type: ignore[attr-defined]
+            with _current(self.device):
                 cupy = _load().cuda.Stream(non_blocking=True, priority=priority or None)
         self.cupy = cupy
 
@@ -157,8 +163,9 @@ class Stream:
         return f"gpuad.cuda.Stream(device={str(self.device)!r}, cuda_stream={self.cuda_stream:#x})"
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, Stream) and other.device is self.device
-        return same and other.cuda_stream == self.cuda_stream  # type: ignore[attr-defined]
+        if not isinstance(other, Stream):
+            return NotImplemented
+        return other.device is self.device and other.cuda_stream == self.cuda_stream
 
     def __hash__(self) -> int:
         return hash((self.device, self.cuda_stream))
@@ -171,7 +178,7 @@ class Stream:
     def synchronize(self) -> None:
         """Wait until the work in this stream is done; raises for bad indices found on its device."""
         self.cupy.synchronize()
-        self.device.backend.check_faults()  # type: ignore[attr-defined]
+        self.device.backend.check_faults()
 
     def query(self) -> bool:
         """Whether the work in this stream is done."""
@@ -217,7 +224,7 @@ class Event:
     def record(self, stream: Stream | None = None) -> None:
         """Put the event behind the work that is in `stream` now; in the current stream unless given."""
         stream = current_stream() if stream is None else stream
-        with stream.device.backend._device:  # type: ignore[attr-defined]
+        with _current(stream.device):
             if self._event is None or self._device is not stream.device:
                 self._event = _load().cuda.Event(block=self._blocking, disable_timing=not self._timing)
                 self._device = stream.device
@@ -234,7 +241,8 @@ class Event:
     def synchronize(self) -> None:
         """Wait until the work before the event is done; raises for bad indices found on its device."""
         self._made().synchronize()
-        self._device.backend.check_faults()  # type: ignore[union-attr]
+        if self._device is not None:
+            self._device.backend.check_faults()
 
     def elapsed_time(self, end_event: Event) -> float:
         """Milliseconds from this event to `end_event`; both made with enable_timing=True, recorded and done."""
@@ -279,19 +287,19 @@ def set_stream(stream: Stream) -> None:
 
 def memory_allocated(device: Any = None) -> int:
     """Bytes that arrays on a device take now, rounded up as CuPy's pool does."""
-    with _cuda(device).backend._device:  # type: ignore[attr-defined]
+    with _current(device):
         return _load().get_default_memory_pool().used_bytes()
 
 
 def memory_reserved(device: Any = None) -> int:
     """Bytes that CuPy's pool holds on a device: those of arrays, and those kept for the next ones."""
-    with _cuda(device).backend._device:  # type: ignore[attr-defined]
+    with _current(device):
         return _load().get_default_memory_pool().total_bytes()
 
 
 def mem_get_info(device: Any = None) -> tuple[int, int]:
     """(free, total) bytes of a device, as its driver sees them."""
-    return _cuda(device).backend._device.mem_info  # type: ignore[attr-defined]
+    return _current(device).mem_info
 
 
 def empty_cache() -> None:
@@ -308,7 +316,7 @@ class _Peaks:
 
     def __init__(self) -> None:
         cupy = _load()
-        self.highest: dict[int, int] = {}
+        self.highest: dict[str, int] = {}
         self._index = cupy.cuda.runtime.getDevice
         self._used = cupy.get_default_memory_pool().used_bytes
         self._allocate = cupy.cuda.get_allocator()
@@ -316,9 +324,9 @@ class _Peaks:
 
     def allocate(self, size: int) -> Any:
         memory = self._allocate(size)
-        index, used = self._index(), self._used()
-        if used > self.highest.get(index, 0):
-            self.highest[index] = used
+        name, used = f"cuda:{self._index()}", self._used()
+        if used > self.highest.get(name, 0):
+            self.highest[name] = used
         return memory
 
 
@@ -333,7 +341,7 @@ def reset_peak_memory_stats(device: Any = None) -> None:
     The first call puts a watch around CuPy's allocator, which costs about a microsecond an allocation.
     """
     place = _cuda(device)
-    _peaks().highest[place.index] = memory_allocated(place)  # type: ignore[index]
+    _peaks().highest[str(place)] = memory_allocated(place)
 
 
 def max_memory_allocated(device: Any = None) -> int:
@@ -344,7 +352,7 @@ def max_memory_allocated(device: Any = None) -> int:
     place = _cuda(device)
     if not _peaks.cache_info().currsize:
         return memory_reserved(place)
-    return max(_peaks().highest.get(place.index, 0), memory_allocated(place))  # type: ignore[arg-type]
+    return max(_peaks().highest.get(str(place), 0), memory_allocated(place))
 
 
 def memory_summary(device: Any = None) -> str:

@@ -153,7 +153,7 @@ class Updater:
     ) -> None:
         """Put the parameters of a group that have gradients into the sets of their batches."""
         entries, update = self._entries, setting.update
-        step = numbers = used = batch = items = None
+        step = numbers = batch = items = None
         for p in group["params"]:
             g = p._grad
             if g is None:

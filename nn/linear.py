@@ -103,9 +103,7 @@ class Bilinear(Module):
 
     def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         """Combine the last dimensions of both inputs."""
-        rows = (input1[..., None, None, :] @ self.weight)[..., 0, :]  # x1ᵀ A_k: (*, out_features, in2_features)
-        output = (rows * input2[..., None, :]).sum(-1)
-        return output if self.bias is None else output + self.bias
+        return F.bilinear(input1, input2, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return (

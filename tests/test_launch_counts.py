@@ -9,8 +9,8 @@ from gpuad import nn, optim
 
 pytestmark = pytest.mark.cuda
 
-# Forward: 3 products, 3 biases, 2 relus, the rows of the loss, their weighted mean. Backward: of the loss 1, of the last
-# two layers 3 each (input, weight, bias), of the first 2, of the relus 2. The optimiser: 1.
+# Forward: 3 products, 3 biases, 2 relus, the rows of the loss, their weighted mean. Backward: 1 of the loss, 3 of each
+# of the last two layers (input, weight, bias), 2 of the first, 2 of the relus. The optimiser: 1.
 FORWARD, BACKWARD, STEP = 10, 11, 1
 
 

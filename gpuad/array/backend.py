@@ -25,6 +25,9 @@ class Formula(Protocol):
     def runner(self, language: str) -> Any:
         """The program or kernel for a language."""
 
+    def out_dtype(self, i: int, dtype: np.dtype) -> np.dtype:
+        """The dtype of output i when numbers are computed in `dtype`."""
+
 
 class Backend:
     """What both backends share; `xp` is numpy or cupy."""
@@ -151,6 +154,9 @@ class Backend:
 
     def synchronize(self) -> None:
         """Wait until all work given to the device is done."""
+
+    def check_faults(self) -> None:
+        """Raise what check_index found, where the host has waited for the device by other means than `synchronize`."""
 
     def cast_operands(self, formula: Any, arguments: Sequence[Any], dtype: np.dtype) -> Sequence[Any]:
         """The arguments as this backend's programs take them when dtypes differ."""

@@ -28,7 +28,7 @@ def load() -> Any:
     if cupy is None:
         if find_spec("cupy") is None:
             raise DeviceError(
-                "A CUDA device needs CuPy, which is not installed. Install it with: pip install \"gpuad[cuda13]\" "
+                'A CUDA device needs CuPy, which is not installed. Install it with: pip install "gpuad[cuda13]" '
                 "(for drivers of CUDA 13) or \"gpuad[cuda12]\"; on the host use device 'cpu'."
             )
         import cupy as module
@@ -139,9 +139,7 @@ class CupyBackend(Backend):
         if made.size:
             stream = cupy.cuda.get_current_stream()
             stream.wait_event(written)
-            cupy.cuda.runtime.memcpyPeerAsync(
-                made.data.ptr, self.index, array.data.ptr, there, made.nbytes, stream.ptr
-            )
+            cupy.cuda.runtime.memcpyPeerAsync(made.data.ptr, self.index, array.data.ptr, there, made.nbytes, stream.ptr)
             read = stream.record(cupy.cuda.Event(disable_timing=True))
             with cupy.cuda.Device(there):
                 source.wait_event(read)  # nothing there may write or reuse the memory before
@@ -160,7 +158,6 @@ class CupyBackend(Backend):
         self._fault.check()
 
     def check_faults(self) -> None:
-        """Raise the IndexError that an earlier check_index found on the device, if it has got there."""
         self._fault.check()
 
     # Arrays -----------------------------------------------------------------------------------------------------------
@@ -387,7 +384,9 @@ class _Fault:
             code, index, position, low, length = self._record.tolist()
             self._record[:] = 0
             text = index_error(self._names[code - 1], index, position, low, length)
-            raise IndexError(f"{text} An operation on {self.device} found it before this point; results since are void.")
+            raise IndexError(
+                f"{text} An operation on {self.device} found it before this point; do not use the results."
+            )
 
 
 @functools.cache

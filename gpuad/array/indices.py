@@ -47,10 +47,10 @@ def add_at(out: np.ndarray, key: tuple, values: Any) -> None:
     if all(k.dtype.kind == "b" for k in arrays):  # a mask names no place twice
         out[key] += values
         return
-    first = key[0]
     contiguous = out.flags.c_contiguous and out.size > 0
-    if len(key) == 1 and contiguous and out.ndim > 1 and out.dtype.kind in "fi" and _sparse_product() is not None:
-        _add_rows(out, first, values)
+    product = _sparse_product() if len(key) == 1 and contiguous and out.ndim > 1 and out.dtype.kind in "fi" else None
+    if product is not None:
+        _add_rows(product, out, key[0], values)
     elif contiguous and out.size < 4 * np.size(values):
         places = np.arange(out.size).reshape(out.shape)[key]
         np.add.at(out.reshape(-1), places.reshape(-1), np.broadcast_to(values, places.shape).reshape(-1))
@@ -58,18 +58,20 @@ def add_at(out: np.ndarray, key: tuple, values: Any) -> None:
         np.add.at(out, key, values)
 
 
-def _add_rows(out: np.ndarray, index: np.ndarray, values: Any) -> None:
+def _add_rows(product: Callable, out: np.ndarray, index: np.ndarray, values: Any) -> None:
     """out[index] += values for rows of `out`: the product of the sparse 0-1 matrix of `index` with the values."""
     rows, count = out.shape[0], index.size
     width = out.size // rows
     if not count or not width:
         return
     at = np.ascontiguousarray(index, np.int64).reshape(-1)
-    if np.minimum.reduce(at) < 0:
+    if np.maximum.reduce(at.view(np.uint64)) >= rows:  # the product below writes wherever it is told
+        check(at, rows, "index", True)
         at = np.where(at < 0, at + rows, at)
-    check(at, rows, "index", False)  # the product below writes wherever it is told
-    terms = np.ascontiguousarray(np.broadcast_to(values, (*index.shape, *out.shape[1:])), out.dtype)
-    product = _sparse_product()
+    terms = values
+    if type(terms) is not np.ndarray or terms.size != count * width:
+        terms = np.broadcast_to(terms, (*index.shape, *out.shape[1:]))
+    terms = np.ascontiguousarray(terms, out.dtype)
     ones = np.ones(count, out.dtype)
     product(rows, count, width, np.arange(count + 1), at, ones, terms.reshape(-1), out.reshape(-1))
 

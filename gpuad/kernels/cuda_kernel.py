@@ -67,6 +67,16 @@ template <typename T> __device__ inline T gpuad_pow(T a, T b) {
 """
 
 
+def dtype_codes(arguments: Sequence[Any], array_type: type) -> tuple[str | None, ...]:
+    """What a kernel is looked up by: the dtype of each array, None for numbers. Names take a microsecond to make."""
+    return tuple([a.dtype.char if isinstance(a, array_type) else None for a in arguments])
+
+
+def dtype_names(codes: Sequence[str | None]) -> tuple[str | None, ...]:
+    """The names of the dtypes in what dtype_codes made."""
+    return tuple([None if c is None else np.dtype(c).name for c in codes])
+
+
 def compute_dtype(dtype: np.dtype) -> np.dtype:
     """The dtype of the arithmetic inside a kernel: float32 for float16, else the dtype itself."""
     return np.dtype(np.float32) if dtype == np.float16 else dtype
@@ -144,10 +154,10 @@ class CudaKernel:
         """The outputs, a list; numbers computed in `dtype`. `outs` are arrays to write into; they may be inputs."""
         import cupy
 
-        key = tuple(a.dtype.name if isinstance(a, cupy.ndarray) else None for a in arguments)
+        key = dtype_codes(arguments, cupy.ndarray)
         kernel = self._kernels.get((key, dtype))
         if kernel is None:
-            ins, out, body = self._elementwise_source(key, dtype)
+            ins, out, body = self._elementwise_source(dtype_names(key), dtype)
             name = "gpuad_" + self.formula.name
             kernel = cupy.ElementwiseKernel(ins, out, body, name, preamble=PREAMBLE)
             self._kernels[key, dtype] = kernel
@@ -166,10 +176,10 @@ class CudaKernel:
         """scale · the sum over `axes` of the (one) output, in `out` where it is given: one launch."""
         import cupy
 
-        key = tuple(a.dtype.name if isinstance(a, cupy.ndarray) else None for a in arguments)
+        key = dtype_codes(arguments, cupy.ndarray)
         kernel = self._kernels.get(("sum", key, dtype))
         if kernel is None:
-            kernel = self._kernels["sum", key, dtype] = self._reduction(cupy, key, dtype)
+            kernel = self._kernels["sum", key, dtype] = self._reduction(cupy, dtype_names(key), dtype)
         return kernel(*arguments, scale, axis=axes, keepdims=keepdims, out=out)
 
     def _reduction(self, cupy: Any, key: tuple, dtype: np.dtype) -> Any:

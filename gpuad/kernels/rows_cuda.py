@@ -14,7 +14,7 @@ import numpy as np
 
 from gpuad.array.device import of_array
 from gpuad.kernels import derive
-from gpuad.kernels.cuda_kernel import C_TYPES, PREAMBLE, compute_dtype, literal
+from gpuad.kernels.cuda_kernel import C_TYPES, PREAMBLE, compute_dtype, dtype_codes, dtype_names, literal
 from gpuad.kernels.expr import Constant, Expr, Variable, topological
 from gpuad.kernels.scalar import column, row_at, row_length, row_logsumexp, row_max, row_sum, where
 
@@ -249,7 +249,7 @@ class RowKernel:
         import cupy
 
         formula = self.formula
-        key = tuple(a.dtype.name if isinstance(a, cupy.ndarray) else None for a in arguments)
+        key = dtype_codes(arguments, cupy.ndarray)
         shape = next(a.shape for a, v in zip(arguments, formula.inputs, strict=True) if v.level == "element")
         rows, columns = shape
         made = [
@@ -263,7 +263,7 @@ class RowKernel:
         kernel = self._kernels.get((key, dtype))
         if kernel is None:
             name = f"gpuad_{formula.name}"
-            kernel = self._kernels[key, dtype] = cupy.RawKernel(self.source(dtype, key), name)
+            kernel = self._kernels[key, dtype] = cupy.RawKernel(self.source(dtype, dtype_names(key)), name)
         scalar = compute_dtype(dtype).type
         call: list[Any] = []
         for argument, variable in zip(arguments, formula.inputs, strict=True):

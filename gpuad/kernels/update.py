@@ -157,21 +157,23 @@ def _without(outputs: Sequence[Expr], zeros: set[Expr]) -> list[Expr]:
             done[node] = node
         else:
             args = [done[a] for a in node.args]
-            vanishes = {"mul": zero in args, "div": args[0] is zero}.get(node.function.name, False)
-            done[node] = zero if vanishes else apply(node.function, *args)
+            gone = {"mul": any(a is zero for a in args), "div": args[0] is zero}.get(node.function.name, False)
+            done[node] = zero if gone else apply(node.function, *args)
     return [done[o] for o in outputs]
 
 
 def _used(states: Sequence[Variable], outputs: Sequence[Expr]) -> list[int]:
     """The states that the new parameter depends on, now or through later steps."""
-    used: set[Expr] = set()
+    index: dict[Expr, int] = {s: i for i, s in enumerate(states)}
+    used: set[int] = set()
     pending = [outputs[0]]
     while pending:
         for node in topological([pending.pop()]):
-            if node in states and node not in used:
-                used.add(node)
-                pending.append(outputs[1 + states.index(node)])  # type: ignore[arg-type]
-    return [i for i, s in enumerate(states) if s in used]
+            i = index.get(node)
+            if i is not None and i not in used:
+                used.add(i)
+                pending.append(outputs[1 + i])
+    return sorted(used)
 
 
 def _shared(outputs: Sequence[Expr], numbers: set[Variable]) -> list[Expr]:
