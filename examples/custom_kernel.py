@@ -38,8 +38,8 @@ def main():
     x = gpuad.randn(3, 4, dtype=gpuad.float64, device=options.device, requires_grad=True)
     beta = gpuad.tensor(1.5, dtype=gpuad.float64, device=options.device, requires_grad=True)
 
-    print("// forward\n" + swish.cuda_source(x, beta))
-    print("// backward: both gradients at once\n" + swish.cuda_source(x, beta, derivative="vjp"))
+    print("// forward\n" + swish.cuda_source(x.dtype))
+    print("// backward: both gradients at once\n" + swish.cuda_source_of_gradient(x.dtype))
 
     swish(x, beta).sum().backward()
     with gpuad.no_grad():

@@ -10,7 +10,7 @@ Only `model.to(device)` is said; the optimiser's state (here the averages of Ada
 import argparse
 
 import gpuad
-from gpuad import nn
+from gpuad import nn, optim
 from gpuad.utils.data import DataLoader, TensorDataset
 
 
@@ -32,7 +32,7 @@ def train(epochs, first, second):
     gpuad.manual_seed(0)
     batches = DataLoader(TensorDataset(*make_data()), batch_size=64, shuffle=True)
     model = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2)).to(first)
-    optimizer = gpuad.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = optim.AdamW(model.parameters(), lr=1e-2)
 
     losses = []
     device = first
@@ -71,7 +71,8 @@ def main():
 
     print(f"epoch   stays on {str(first):8}  moves to {str(second):8}  difference")
     for epoch, (a, b) in enumerate(zip(staying, moving, strict=True)):
-        note = f"  <- now on {second}" if epoch == options.epochs // 2 else ""
+        moved = second is not first and epoch == options.epochs // 2
+        note = f"  <- now on {second}" if moved else ""
         print(f"{epoch + 1:5}   {a:17.8f}  {b:17.8f}  {b - a:10.1e}{note}")
     largest = max(abs(b - a) / a for a, b in zip(staying, moving, strict=True))
     print(f"largest relative difference: {largest:.1e}")

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import gpuad
-from gpuad import nn
+from gpuad import nn, optim
 from gpuad.utils.data import DataLoader, TensorDataset
 
 
@@ -101,8 +101,8 @@ def main():
     batches = DataLoader(TensorDataset(x_train, y_train), batch_size=options.batch_size, shuffle=True)
 
     model = nn.Sequential(nn.Linear(x_train.shape[1], 128), nn.ReLU(), nn.Linear(128, 10)).to(device)
-    optimizer = gpuad.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
-    schedule = gpuad.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=options.epochs)
+    optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+    schedule = optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=options.epochs)
 
     console = Console()
     console.print(f"{len(x_train)} images to learn from, {len(x_test)} held out, on {device}", highlight=False)

@@ -37,19 +37,294 @@ from gpuad.autograd.modes import (
     no_grad,
     set_grad_enabled,
 )
-from gpuad.autograd.op import for_nn as _for_nn
-from gpuad.autograd.op import functions as _functions
 from gpuad.cuda import get_float32_matmul_precision, set_float32_matmul_precision
 from gpuad.kernels.numpy_program import get_num_threads, set_num_threads
+from gpuad.ops.activations import (
+    celu,
+    logit,
+    prelu,
+    relu,
+    selu,
+    sigmoid,
+)
+from gpuad.ops.arithmetic import (
+    abs,
+    add,
+    addcdiv,
+    addcmul,
+    div,
+    eq,
+    floor_divide,
+    fmod,
+    ge,
+    gt,
+    hypot,
+    isfinite,
+    isinf,
+    isnan,
+    le,
+    lerp,
+    logical_and,
+    logical_not,
+    logical_or,
+    logical_xor,
+    lt,
+    maximum,
+    minimum,
+    mul,
+    ne,
+    neg,
+    pow,
+    reciprocal,
+    remainder,
+    rsub,
+    sign,
+    square,
+    sub,
+    where,
+)
+from gpuad.ops.arithmetic import (
+    abs as absolute,
+)
+from gpuad.ops.arithmetic import (
+    div as divide,
+)
+from gpuad.ops.arithmetic import (
+    div as true_divide,
+)
+from gpuad.ops.arithmetic import (
+    ge as greater_equal,
+)
+from gpuad.ops.arithmetic import (
+    gt as greater,
+)
+from gpuad.ops.arithmetic import (
+    le as less_equal,
+)
+from gpuad.ops.arithmetic import (
+    lt as less,
+)
+from gpuad.ops.arithmetic import (
+    mul as multiply,
+)
+from gpuad.ops.arithmetic import (
+    ne as not_equal,
+)
+from gpuad.ops.arithmetic import (
+    neg as negative,
+)
+from gpuad.ops.arithmetic import (
+    sub as subtract,
+)
+from gpuad.ops.convert import (
+    cpu,
+    to,
+    type_as,
+)
+from gpuad.ops.creation import (
+    arange,
+    as_tensor,
+    asarray,
+    bernoulli,
+    empty,
+    empty_like,
+    eye,
+    from_dlpack,
+    from_numpy,
+    full,
+    full_like,
+    linspace,
+    logspace,
+    manual_seed,
+    normal,
+    ones,
+    ones_like,
+    rand,
+    rand_like,
+    randint,
+    randn,
+    randn_like,
+    randperm,
+    tensor,
+    zeros,
+    zeros_like,
+)
+from gpuad.ops.fuse import (
+    fuse,
+)
+from gpuad.ops.indexing import (
+    argsort,
+    gather,
+    index_select,
+    masked_fill,
+    masked_select,
+    nonzero,
+    scatter,
+    scatter_add,
+    sort,
+    topk,
+)
+from gpuad.ops.linalg import (
+    addmm,
+    bmm,
+    dot,
+    matmul,
+    mm,
+    mv,
+    outer,
+)
+from gpuad.ops.maths import (
+    acos,
+    acosh,
+    asin,
+    asinh,
+    atan,
+    atan2,
+    atanh,
+    ceil,
+    clamp,
+    clamp_max,
+    clamp_min,
+    cos,
+    cosh,
+    deg2rad,
+    erf,
+    erfc,
+    erfinv,
+    exp,
+    exp2,
+    expm1,
+    floor,
+    frac,
+    log,
+    log1p,
+    log2,
+    log10,
+    logaddexp,
+    nan_to_num,
+    rad2deg,
+    round,
+    rsqrt,
+    sin,
+    sinh,
+    sqrt,
+    tan,
+    tanh,
+    trunc,
+    xlogy,
+)
+from gpuad.ops.maths import (
+    acos as arccos,
+)
+from gpuad.ops.maths import (
+    acosh as arccosh,
+)
+from gpuad.ops.maths import (
+    asin as arcsin,
+)
+from gpuad.ops.maths import (
+    asinh as arcsinh,
+)
+from gpuad.ops.maths import (
+    atan as arctan,
+)
+from gpuad.ops.maths import (
+    atan2 as arctan2,
+)
+from gpuad.ops.maths import (
+    atanh as arctanh,
+)
+from gpuad.ops.maths import (
+    clamp as clip,
+)
+from gpuad.ops.maths import (
+    trunc as fix,
+)
+from gpuad.ops.reduction import (
+    all,
+    amax,
+    amin,
+    any,
+    argmax,
+    argmin,
+    count_nonzero,
+    cumsum,
+    logsumexp,
+    max,
+    mean,
+    min,
+    norm,
+    prod,
+    safe_sqrt,
+    std,
+    std_mean,
+    sum,
+    sum_to_size,
+    var,
+    var_mean,
+)
+from gpuad.ops.rows import (
+    log_softmax,
+    softmax,
+)
+from gpuad.ops.shape import (
+    broadcast_shapes,
+    broadcast_tensors,
+    broadcast_to,
+    cat,
+    chunk,
+    clone,
+    contiguous,
+    diag,
+    diagonal,
+    expand,
+    expand_as,
+    flatten,
+    flip,
+    hstack,
+    movedim,
+    narrow,
+    permute,
+    ravel,
+    repeat,
+    repeat_interleave,
+    reshape,
+    reshape_as,
+    roll,
+    split,
+    squeeze,
+    stack,
+    t,
+    tile,
+    trace,
+    transpose,
+    tril,
+    triu,
+    unbind,
+    unflatten,
+    unsqueeze,
+    view,
+    view_as,
+    vstack,
+)
+from gpuad.ops.shape import (
+    cat as concat,
+)
+from gpuad.ops.shape import (
+    cat as concatenate,
+)
+from gpuad.ops.shape import (
+    transpose as swapaxes,
+)
+from gpuad.ops.shape import (
+    transpose as swapdims,
+)
 from gpuad.tensor import Size, Tensor
 
 __version__ = "0.1.0"
 
+# Names that Python has too; PyTorch's code reads torch.bool, torch.int and torch.float.
 bool = bool_
 float = float32
 int = int32
 dtype = type(float32)
-
-for _name in _functions.keys() - _for_nn:
-    globals()[_name] = _functions[_name]
-del _name

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import gpuad
+from gpuad.autograd.zero_grad import zero_grad
 from gpuad import Tensor
 
 from .hooks import RemovableHandle
@@ -289,13 +290,8 @@ class Module:
         return self
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients of all parameters, or zero them in place."""
-        for parameter in self.parameters():
-            if parameter.grad is not None:
-                if set_to_none:
-                    parameter.grad = None
-                else:
-                    parameter.grad = parameter.grad.detach().zero_()
+        """Forget the gradients of all parameters, or zero them in place; their buffers serve the next backward."""
+        zero_grad(self.parameters(), set_to_none)
 
     # ------------------------------------------------------------------ device and dtype
 

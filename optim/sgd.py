@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import gpuad
 from gpuad.update import update
 
 from .optimizer import Optimizer, check_not_negative
@@ -13,7 +14,8 @@ from .optimizer import Optimizer, check_not_negative
 class SGD(Optimizer):
     """p ← p − lr · v, with v ← momentum · v + (1 − dampening) · (grad + weight_decay · p).
 
-    The first v is the gradient itself. nesterov steps along grad + momentum · v; maximize climbs instead.
+    The first v is the gradient itself; without momentum there is no v and no dampening. nesterov steps along
+    grad + momentum · v; maximize climbs instead.
     foreach and fused are PyTorch's choices of implementation and change nothing: a step is always one launch.
     Source: Sutskever, Martens, Dahl, Hinton, "On the importance of initialization and momentum in deep learning",
     ICML 2013, with PyTorch's placing of lr.
@@ -51,6 +53,7 @@ class SGD(Optimizer):
     def rule(p, grad, momentum_buffer, *, lr, momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False,
              maximize=False):  # fmt: skip
         grad = (-grad if maximize else grad) + weight_decay * p
-        momentum_buffer = momentum * momentum_buffer + (1 - dampening) * grad
+        damped = gpuad.where(momentum > 0, 1 - dampening, 1.0)
+        momentum_buffer = momentum * momentum_buffer + damped * grad
         direction = grad + momentum * momentum_buffer if nesterov else momentum_buffer
         return p - lr * direction, momentum_buffer

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from numpy import ndarray
+
 from gpuad.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -148,6 +150,8 @@ def set_default_device(spec: Any) -> None:
 def of_array(array: Any) -> Device:
     """The device that holds a NumPy or CuPy array."""
     if isinstance(array, np.ndarray):
+        return cpu
+    if type(array) is ndarray:
         return cpu
     place = getattr(array, "device", "cpu")
     return cpu if isinstance(place, str) else Device("cuda", place.id)

@@ -117,7 +117,7 @@ class NumpyBackend(Backend):
         # Negative numbers are the largest unsigned ones: one pass tells that all labels are classes.
         flat = labels.view(labels.dtype.str.replace("i", "u"))
         if not flat.size or np.maximum.reduce(flat, axis=None) < classes:
-            return True
+            return not 0 <= ignore < classes or not (labels == ignore).any()
         indices.check(np.where(labels == ignore, 0, labels), classes, "class index", False)
         return False
 

@@ -11,7 +11,7 @@ import numpy as np
 from gpuad.array import dtypes
 from gpuad.array.device import Device, default_device, of_array
 from gpuad.autograd.modes import state
-from gpuad.autograd.node import Node, OutputNode
+from gpuad.autograd.node import WRITTEN, Node, OutputNode
 from gpuad.autograd.op import (
     NUMBERS,
     Interpreters,
@@ -141,6 +141,11 @@ class Elementwise(Op):
                         if other.dtype is data.dtype and data.dtype.kind == "f" and other.shape == data.shape:
                             return self._binary(x, y, data, other)
         if named or len(inputs) != self.arity:
+            # PyTorch's activations take `inplace` as their last parameter.
+            if len(inputs) == self.arity + 1 and isinstance(inputs[-1], bool):
+                *inputs, named["inplace"] = inputs
+            if named.pop("inplace", False):
+                return self.in_place(*inputs, **named)
             inputs = self._bind(inputs, named)
         return self._general(inputs)
 
@@ -312,7 +317,7 @@ class Elementwise(Op):
 
     # Reverse mode -----------------------------------------------------------------------------------------------------
 
-    def backward(self, node: Node, gradient: Any, into: Callable) -> list[Any]:
+    def backward(self, node: Node, gradient: Any, walk: Any) -> list[Any]:
         plan, layout = node.info[0], node.info[1]
         saved = node.check() if plan.formula is not None else node.saved
         backend = node.device.backend
@@ -327,10 +332,10 @@ class Elementwise(Op):
                 None if p is None else gradient if i in plan.passed else next(results)
                 for i, p in enumerate(node.parents)
             ]
-        return self._backward_broadcast(node, gradient, plan, layout, saved, into)
+        return self._backward_broadcast(node, gradient, plan, layout, saved, walk)
 
     def _backward_broadcast(
-        self, node: Node, gradient: Any, plan: _Plan, layout: Any, saved: Any, into: Callable
+        self, node: Node, gradient: Any, plan: _Plan, layout: Any, saved: Any, walk: Any
     ) -> list[Any]:
         backend = node.device.backend
         gradients = self._fill(node, gradient, backend) if self.several else (gradient,)
@@ -348,11 +353,18 @@ class Elementwise(Op):
                 continue
             axes = broadcast_axes(own, shape)
             if i in plan.passed:
-                target = into(i) if len(own) + len(axes) == len(shape) else None
-                if target is not None and target[1] == 0.0:
-                    result[i] = backend.sum(gradients[0], axes, False, target[0])
-                else:
+                leaf = node.parents[i]
+                target = None
+                if isinstance(leaf, Tensor) and len(own) + len(axes) == len(shape):
+                    target = walk.into(leaf)
+                if target is None:
                     result[i] = backend.sum(gradients[0], axes).reshape(own)
+                elif target[1] == 0.0:
+                    backend.sum(gradients[0], axes, False, target[0])
+                    result[i] = WRITTEN
+                else:
+                    backend.add_into(target[0], backend.sum(gradients[0], axes))
+                    result[i] = WRITTEN
             else:
                 formula = plan.single[i]
                 cast = backend.cast_operands(formula, arguments, dtype)
@@ -368,7 +380,7 @@ class Elementwise(Op):
                     result[i] = value
         if layout is not None:
             for i in plan.wanted:
-                if result[i].dtype != layout[i][1]:
+                if result[i] is not WRITTEN and result[i].dtype != layout[i][1]:
                     result[i] = result[i].astype(layout[i][1])
         return result
 
@@ -379,7 +391,7 @@ class Elementwise(Op):
             for g, (shape, dtype) in zip(gradients, node.info[2], strict=True)
         )
 
-    def backward_recorded(self, node: Node, gradient: Any, into: Callable) -> list[Any]:
+    def backward_recorded(self, node: Node, gradient: Any, walk: Any) -> list[Any]:
         plan, layout = node.info[0], node.info[1]
         saved = node.check()
         arguments = [node.saved_tensor(s, node.parents[i]) for s, i in zip(saved, plan.inputs, strict=False)]

@@ -166,11 +166,11 @@ class _Applied:
                 filled.append(None if g is None else wrapped(g))
         return filled
 
-    def backward(self, node: Node, gradient: Any, into: Callable) -> list[Any]:
+    def backward(self, node: Node, gradient: Any, walk: Any) -> list[Any]:
         """On bare arrays: wrapped for the user's rule, unwrapped after."""
         gradients = self._gradients(node, gradient, lambda g: wrap(g, node.device))
         return [None if r is None else r._data for r in self._run(node, gradients, False)]
 
-    def backward_recorded(self, node: Node, gradient: Any, into: Callable) -> list[Any]:
+    def backward_recorded(self, node: Node, gradient: Any, walk: Any) -> list[Any]:
         """On Tensors, recorded."""
         return self._run(node, self._gradients(node, gradient, lambda g: g), True)

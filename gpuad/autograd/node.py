@@ -116,6 +116,10 @@ class Node:
         return made
 
 
+# What an op returns for a gradient that it wrote into the leaf's buffer.
+WRITTEN = object()
+
+
 class OutputNode(Node):
     """One output of an operation with several: hands its gradient to its place in the operation's node."""
 
@@ -132,7 +136,7 @@ class _Alias:
 
     name = "alias"
 
-    def backward(self, node: Node, gradient: Any, into: Any) -> list:
+    def backward(self, node: Node, gradient: Any, walk: Any) -> list:
         return [gradient]
 
     backward_recorded = backward

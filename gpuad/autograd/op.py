@@ -87,15 +87,15 @@ class Op:
     def __call__(self, *inputs: Any, **params: Any) -> Any:
         raise NotImplementedError
 
-    def backward(self, node: Node, gradient: Any, into: Callable) -> list[Any]:
+    def backward(self, node: Node, gradient: Any, walk: Any) -> list[Any]:
         """Gradients of the parents from that of the output, on bare arrays.
 
-        into(i) is (buffer, beta) where the gradient of input i may be written as beta · buffer + gradient (then the
-        list has the buffer in its place), else None.
+        walk.into(leaf) is (buffer, beta) where the gradient of a leaf may be written as beta · buffer + gradient (the
+        list then has WRITTEN in its place), else None.
         """
         raise NotImplementedError
 
-    def backward_recorded(self, node: Node, gradient: Tensor, into: Callable) -> list[Any]:
+    def backward_recorded(self, node: Node, gradient: Tensor, walk: Any) -> list[Any]:
         """The same on Tensors, recorded, so that gradients can be differentiated."""
         raise NotImplementedError
 

@@ -21,9 +21,8 @@ from typing import Any
 
 from gpuad.array.device import of_array
 from gpuad.autograd.modes import state
-from gpuad.autograd.node import Node
+from gpuad.autograd.node import WRITTEN, Node
 from gpuad.autograd.op import NUMBERS, Interpreters, Op, as_operand, check_devices
-from gpuad.autograd.walk import WRITTEN
 from gpuad.errors import FormulaError
 from gpuad.kernels.expr import Expr
 from gpuad.tensor import Tensor, wrap
@@ -41,6 +40,29 @@ class _Rule:
         self.function = function
         self.names = tuple(inspect.signature(function).parameters)
         self.into = "into" in self.names
+
+
+class _Plan:
+    """What a backward pass for some wanted inputs needs: prepared once.
+
+    inputs, output: what is saved, called `names` by the rules. metadata: (name, input, attribute) for shapes and dtypes.
+    rules: (input, rule) for each wanted input that has one.
+    """
+
+    __slots__ = ("inputs", "output", "names", "metadata", "rules")
+
+    def __init__(self, op: Primitive, wanted: tuple[int, ...]) -> None:
+        self.rules = [(i, op.rules[op.names[i]]) for i in wanted if op.names[i] in op.rules]
+        asked = {name for _, rule in self.rules for name in rule.names}
+        self.inputs = tuple(i for i, n in enumerate(op.names) if n in asked)
+        self.output = "out" in asked
+        self.names = [op.names[i] for i in self.inputs] + ["out"] * self.output
+        self.metadata = [
+            (f"{n}_{attribute}", i, attribute)
+            for i, n in enumerate(op.names)
+            for attribute in ("shape", "dtype")
+            if f"{n}_{attribute}" in asked
+        ]
 
 
 class Primitive(Op):
@@ -73,15 +95,13 @@ class Primitive(Op):
         self.view, self.outputs, self.variadic, self.moves = view, outputs, variadic, moves
         self.rules = {k: _Rule(f) for k, f in (vjp or {}).items()}
         self.jvp = {k: _Rule(f) for k, f in jvp.items()} if isinstance(jvp, dict) else jvp
-        self._saves: dict[tuple[int, ...], tuple[tuple[int, ...], bool]] = {}
+        self._plans: dict[tuple[int, ...], _Plan] = {}
 
-    def saves(self, wanted: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
-        """Which inputs the rules of the wanted inputs read, and whether they read the output."""
-        found = self._saves.get(wanted)
+    def plan(self, wanted: tuple[int, ...]) -> _Plan:
+        """What the rules of the wanted inputs read, prepared once."""
+        found = self._plans.get(wanted)
         if found is None:
-            asked = {n for i in wanted if self.names[i] in self.rules for n in self.rules[self.names[i]].names}
-            inputs = tuple(i for i, n in enumerate(self.names) if n in asked)
-            found = self._saves[wanted] = inputs, "out" in asked
+            found = self._plans[wanted] = _Plan(self, wanted)
         return found
 
     # Forward ----------------------------------------------------------------------------------------------------------
@@ -106,7 +126,7 @@ class Primitive(Op):
                     f"{self.name} is not elementwise, so it cannot be used in a formula; a formula sees one element at "
                     "a time. Compute it before or after the fused function."
                 )
-            elif device is None and not any(isinstance(y, Tensor) for y in inputs):
+            elif device is None and not any([isinstance(y, Tensor) for y in inputs]):
                 return self.forward(of_array(x).backend, *inputs, **params)
             else:
                 arrays.append(as_operand(self.name, x))
@@ -130,87 +150,75 @@ class Primitive(Op):
             outs = out = wrap(data, device)  # type: ignore[assignment]
         if self.view:
             out._cell = inputs[0]._cell
-        if wanted and state.enabled and out._data.dtype.kind == "f" and self.rules:
+        if wanted and state.enabled and self.rules and out._data.dtype.kind == "f":
             self._record(inputs, arrays, out, wanted, params)
         return outs
 
     def _record(
         self, inputs: Sequence[Any], arrays: Sequence[Any], out: Tensor, wanted: tuple[int, ...], params: dict
     ) -> None:
-        if self.variadic:
-            kept: tuple[int, ...] = ()
-            keep_out = False
-        else:
-            kept, keep_out = self.saves(wanted)
-        saved = [arrays[i] for i in kept]
-        cells = [inputs[i]._cell for i in kept if isinstance(inputs[i], Tensor)]
-        if keep_out:
+        plan = self.plan(() if self.variadic else wanted)
+        saved = []
+        cells = []
+        version = 0
+        for i in plan.inputs:
+            saved.append(arrays[i])
+            if isinstance(inputs[i], Tensor):
+                cell = inputs[i]._cell
+                cells.append(cell)
+                version += cell[0]
+        if plan.output:
             saved.append(out._data)
             cells.append(out._cell)
-        version = 0
-        for cell in cells:
-            version += cell[0]
+            version += out._cell[0]
         parents: list[Any] = [None] * len(inputs)
         for i in wanted:
             x = inputs[i]
             parents[i] = x if x._node is None else x._node
-        shapes = [None if a is None or isinstance(a, NUMBERS) else (a.shape, a.dtype) for a in arrays]
-        info = (kept, keep_out, shapes, params)
-        out._node = Node(self, tuple(parents), tuple(saved), tuple(cells), version, info, out._device)
+        if self.variadic:
+            known = {**params, "shapes": [a.shape for a in arrays], "wanted": [p is not None for p in parents]}
+        elif plan.metadata:
+            known = dict(params)
+            for name, i, attribute in plan.metadata:
+                known[name] = getattr(arrays[i], attribute, None)
+        else:
+            known = params
+        out._node = Node(self, tuple(parents), tuple(saved), tuple(cells), version, (plan, known), out._device)
         out._requires_grad = True
         if self.view:
             out._view_of = inputs[0]
 
     # Reverse mode -----------------------------------------------------------------------------------------------------
 
-    def _values(self, node: Node, gradient: Any, saved: Sequence[Any]) -> dict[str, Any]:
-        kept, keep_out, shapes, params = node.info
-        values = {"g": gradient, **params}
-        for i, value in zip(kept, saved, strict=False):
-            values[self.names[i]] = value
-        if keep_out:
-            values["out"] = saved[-1]
-        if self.variadic:
-            values["shapes"] = [s[0] for s in shapes]
-            values["wanted"] = [p is not None for p in node.parents]
-            return values
-        for name, entry in zip(self.names, shapes, strict=False):
-            if entry is not None:
-                values[f"{name}_shape"], values[f"{name}_dtype"] = entry
-        return values
+    def backward(self, node: Node, gradient: Any, walk: Any) -> list[Any]:
+        plan, known = node.info
+        return self._apply(node, plan, {"g": gradient, **known, **dict(zip(plan.names, node.check()))}, walk)
 
-    def backward(self, node: Node, gradient: Any, into: Callable) -> list[Any]:
-        saved = node.check()
-        values = self._values(node, gradient, saved)
-        return self._apply(node, values, into)
-
-    def _apply(self, node: Node, values: dict[str, Any], into: Callable) -> list[Any]:
+    def _apply(self, node: Node, plan: _Plan, values: dict[str, Any], walk: Any) -> list[Any]:
         if self.variadic:
             rule = self.rules["inputs"]
             return list(rule.function(*[values[n] for n in rule.names]))
-        results: list[Any] = []
-        for i, parent in enumerate(node.parents):
-            rule = None if parent is None else self.rules.get(self.names[i])  # type: ignore[assignment]
-            if rule is None:
-                results.append(None)
-            elif rule.into:
-                target = values["into"] = into(i)
-                result = rule.function(*[values[n] for n in rule.names])
+        results: list[Any] = [None] * len(node.parents)
+        for i, rule in plan.rules:
+            if rule.into:
+                leaf = node.parents[i]
+                target = values["into"] = walk.into(leaf) if isinstance(leaf, Tensor) else None
+                results[i] = rule.function(*[values[n] for n in rule.names])
                 if target is not None:
-                    assert result is target[0], f"the rule of {self.name} for {self.names[i]} ignored `into`"
-                    result = WRITTEN
-                results.append(result)
+                    assert results[i] is target[0], f"the rule of {self.name} for {self.names[i]} ignored `into`"
+                    results[i] = WRITTEN
             else:
-                results.append(rule.function(*[values[n] for n in rule.names]))
+                results[i] = rule.function(*[values[n] for n in rule.names])
         return results
 
-    def backward_recorded(self, node: Node, gradient: Any, into: Callable) -> list[Any]:
-        kept, keep_out, _, _ = node.info
+    def backward_recorded(self, node: Node, gradient: Any, walk: Any) -> list[Any]:
+        plan, known = node.info
         arrays = node.check()
-        saved = [node.saved_tensor(a, node.parents[i]) for a, i in zip(arrays, kept, strict=False)]
-        if keep_out:
+        saved = [node.saved_tensor(a, node.parents[i]) for a, i in zip(arrays, plan.inputs, strict=False)]
+        if plan.output:
             saved.append(node.saved_tensor(arrays[-1], node))
-        return self._apply(node, self._values(node, gradient, saved), _no_buffer)
+        values = {"g": gradient, **known, **dict(zip(plan.names, saved, strict=True))}
+        return self._apply(node, plan, values, walk)
 
     # Forward mode -----------------------------------------------------------------------------------------------------
 
@@ -245,9 +253,6 @@ class Primitive(Op):
             raise NotImplementedError(f"{self.name} has no forward-mode rule; its jvp is not declared.")
         return (out, [total, *[None] * (self.outputs - 1)]) if self.outputs > 1 else (out, total)
 
-
-def _no_buffer(i: int) -> None:
-    """No leaf's buffer to write into."""
 
 
 primitive = Primitive

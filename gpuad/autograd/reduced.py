@@ -11,7 +11,7 @@ import numpy as np
 from gpuad.autograd.elementwise import Elementwise
 from gpuad.autograd.modes import state
 from gpuad.autograd.node import Node
-from gpuad.autograd.op import Interpreters, as_operand, broadcast_error, check_devices, promoted_dtype
+from gpuad.autograd.op import NUMBERS, Interpreters, as_operand, broadcast_error, check_devices, promoted_dtype
 from gpuad.kernels.expr import variable
 from gpuad.kernels.formula import Formula, trace
 from gpuad.tensor import Tensor, wrap
@@ -46,54 +46,86 @@ class Reduced(Elementwise):
         levels = [self.term.levels[0], *self.term.levels[len(self.term.outputs) - len(kept) :]]
         scaled = Formula(name, [*self.term.inputs, scale], [first, *kept], levels)
         super().__init__(name, scaled, samples, doc, hidden=len(kept))
+        self.first_element = next((i for i, v in enumerate(self.term.inputs) if v.level == "element"), 0)
 
     def __call__(self, *inputs: Any, mean: bool = True) -> Any:
-        inputs = tuple([as_operand(self.name, x) for x in inputs])
+        for x in inputs:
+            if not isinstance(x, (Tensor, *NUMBERS)):
+                inputs = tuple([as_operand(self.name, x) for x in inputs])
+                break
         if Interpreters.active:
             result = Interpreters.apply(self, inputs, {"mean": mean})
             if result is not NotImplemented:
                 return result
         device = check_devices(self.name, inputs, self.names)
         backend = device.backend
+        term = self.term
         arrays = [x._data if isinstance(x, Tensor) else x for x in inputs]
-        dtype = promoted_dtype([arrays[i] for i in self.term.promoted], self.term.needs_float)
-        if self.term.is_row:
-            shape = next(a.shape for a, v in zip(arrays, self.term.inputs, strict=True) if v.level == "element")[:1]
-            results = backend.elementwise_mixed(self.term, arrays, dtype)
-            results = results if len(self.term.outputs) > 1 else [results]
+        dtype = promoted_dtype([arrays[i] for i in term.promoted], term.needs_float)
+        layout = results = None
+        if term.is_row:
+            shape: tuple[int, ...] = arrays[self.first_element].shape[:1]
+            results = backend.elementwise_mixed(term, arrays, dtype)
+            results = results if len(term.outputs) > 1 else [results]
             out, scale = self._total(backend, results, mean, shape[0])
         else:
-            try:
-                shape = np.broadcast_shapes(*[x._data.shape for x in inputs if isinstance(x, Tensor)])
-            except ValueError as error:
-                raise broadcast_error(self.name, inputs, self.names) from error
+            shape, layout = self._shapes(inputs, dtype)
             scale = _scale(mean, math.prod(shape))
-            out = backend.reduce(self.term, arrays, dtype, tuple(range(len(shape))), False, scale)
-            results = [None]
+            out = backend.reduce(term, arrays, dtype, tuple(range(len(shape))), False, scale)
         made = wrap(out, device)
-        if state.enabled and any([isinstance(x, Tensor) and x._requires_grad for x in inputs]):
-            kept = results[2 if self.weighted else 1 :]
-            full = wrap(backend.xp.broadcast_to(out, shape), device)  # what the formula's output would look like
-            self._record((*inputs, scale), (*arrays, scale), [full], dtype, device, [None, *kept])
-            node = full._node
-            assert node is not None
-            node.info = (*node.info, shape)
-            made._node, made._requires_grad = node, True
+        if state.enabled:
+            wanted = tuple([i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x._requires_grad])
+            if wanted:
+                self._record_sum(inputs, arrays, results, wanted, scale, layout, shape, made)
         return made
+
+    def _shapes(self, inputs: Sequence[Any], dtype: np.dtype) -> tuple[tuple[int, ...], Any]:
+        """The broadcast shape of the terms, and the shape and dtype of each input where they differ from it."""
+        tensors = [x._data for x in inputs if isinstance(x, Tensor)]
+        shape = tensors[0].shape
+        if all([t.shape == shape and t.dtype == dtype for t in tensors]):
+            return shape, None
+        try:
+            shape = np.broadcast_shapes(*[t.shape for t in tensors])
+        except ValueError as error:
+            raise broadcast_error(self.name, inputs, self.names) from error
+        return shape, [(x._data.shape, x._data.dtype) if isinstance(x, Tensor) else None for x in inputs]
+
+    def _record_sum(
+        self, inputs: Sequence[Any], arrays: Sequence[Any], results: Any, wanted: tuple[int, ...], scale: Any,
+        layout: Any, shape: tuple[int, ...], out: Tensor,
+    ) -> None:  # fmt: skip
+        plan = self.plan(wanted)
+        values = (*arrays, scale)
+        kept = () if results is None else results[2 if self.weighted else 1 :]
+        saved = [values[i] for i in plan.inputs] + [kept[i - 1] for i in plan.outputs]
+        cells = tuple([x._cell for x in [inputs[i] for i in plan.inputs if i < len(inputs)] if isinstance(x, Tensor)])
+        parents: list[Any] = [None] * self.arity
+        for i in wanted:
+            x = inputs[i]
+            parents[i] = x if x._node is None else x._node
+        version = sum([c[0] for c in cells])
+        info = (plan, layout, None, shape)
+        out._node = Node(self, tuple(parents), tuple(saved), cells, version, info, out._device)
+        out._requires_grad = True
 
     def _total(self, backend: Any, results: Sequence[Any], mean: bool, rows: int) -> tuple[Any, Any]:
         if not self.weighted or not mean:
             scale = 1.0 if self.weighted else _scale(mean, rows)
             return backend.sum(results[0], (0,), False, None, scale), scale
         both = backend.weighted_mean(results[0], results[1])
-        return both[0], both[1]
+        return both[0:1].reshape(()), both[1:2].reshape(())
 
-    def backward(self, node: Node, gradient: Any, into: Callable) -> list[Any]:
-        full = node.device.backend.xp.broadcast_to(gradient, node.info[2])
-        return super().backward(node, full, into)
+    def backward(self, node: Node, gradient: Any, walk: Any) -> list[Any]:
+        if node.info[1] is None:
+            return super().backward(node, gradient, walk)  # one value for all terms broadcasts by itself
+        full = node.device.backend.xp.broadcast_to(gradient, node.info[3])
+        return super().backward(node, full, walk)
 
-    def backward_recorded(self, node: Node, gradient: Any, into: Callable) -> list[Any]:
-        return super().backward_recorded(node, gradient.expand(node.info[2]), into)
+    def backward_recorded(self, node: Node, gradient: Any, walk: Any) -> list[Any]:
+        return super().backward_recorded(node, gradient.expand(node.info[3]), walk)
+
+    # Forward mode -----------------------------------------------------------------------------------------------------
 
     def tangent(self, inputs: Sequence[Any], tangents: Sequence[Any], params: dict) -> tuple[Any, Any]:
         value = self(*inputs, **params)

@@ -13,14 +13,10 @@ from heapq import heappop, heappush
 from typing import Any
 
 from gpuad.autograd.modes import state
-from gpuad.autograd.node import Node, OutputNode
+from gpuad.autograd.node import WRITTEN, Node, OutputNode
 from gpuad.autograd.op import Interpreters
 from gpuad.errors import AutogradError, DeviceError, ShapeError
 from gpuad.tensor import Tensor, wrap
-
-
-def _nothing(i: int) -> None:
-    """No buffer to write into."""
 
 
 class Walk:
@@ -59,7 +55,7 @@ class Walk:
 
     def run(self, targets: dict[Any, None] | None = None, needed: set[Any] | None = None) -> None:
         """Walk until no node is pending; with `needed`, only nodes that lead to a target."""
-        heap, gradients, recorded = self.heap, self.gradients, self.recorded
+        heap, gradients, recorded, retain = self.heap, self.gradients, self.recorded, self.retain
         keep: dict[Any, Any] = {}
         while heap:
             node = heappop(heap)[1]
@@ -75,23 +71,25 @@ class Walk:
             if type(node) is OutputNode:
                 self._gather(node, gradient)
                 continue
-            op = node.op
-            into = self._into(node) if self.accumulate and not recorded else _nothing
-            rule = op.backward_recorded if recorded else op.backward
+            rule = node.op.backward_recorded if recorded else node.op.backward
             backend = node.device.backend
             if backend.current:
-                results = rule(node, gradient, into)
+                results = rule(node, gradient, self)
             else:
-                results = backend.inside(rule, node, gradient, into)
-            if not self.retain:
-                if node.saved:
-                    node.saved, node.cells = None, ()
-            for parent, result in zip(node.parents, results, strict=True):
+                results = backend.inside(rule, node, gradient, self)
+            if node.saved and not retain:
+                node.saved, node.cells = None, ()
+            for parent, result in zip(node.parents, results):  # noqa: B905  (one each, by construction)
                 if parent is None or result is None or result is WRITTEN:
                     continue
                 if needed is not None and parent not in needed and parent not in targets:  # type: ignore[operator]
                     continue
-                self.contribute(parent, result)
+                if parent in gradients or parent in self.direct:
+                    self.contribute(parent, result)
+                else:
+                    gradients[parent] = result
+                    if not isinstance(parent, Tensor):
+                        heappush(heap, (-parent.number, parent))
         gradients.update(keep)
 
     def _gather(self, node: OutputNode, gradient: Any) -> None:
@@ -103,23 +101,20 @@ class Walk:
             heappush(self.heap, (-parent.number, parent))  # type: ignore[union-attr, arg-type]
         slots[node.index] = gradient
 
-    def _into(self, node: Node) -> Any:
-        def into(i: int) -> tuple[Any, float] | None:
-            leaf = node.parents[i]
-            if not isinstance(leaf, Tensor) or leaf._hooks is not None or leaf in self.gradients:
-                return None
-            if leaf in self.direct:
-                return self.direct[leaf], 1.0
-            kept, empty = leaf._grad, leaf._grad_buffer
-            if kept is None and empty is not None and _fits(empty, leaf):
-                self.direct[leaf] = empty._data
-                leaf._grad = empty
-                leaf._grad_buffer = None
-                empty._cell[0] += 1
-                return empty._data, 0.0
+    def into(self, leaf: Tensor) -> tuple[Any, float] | None:
+        """(buffer, beta) where an op may write a leaf's gradient as beta · buffer + gradient, else None."""
+        if not self.accumulate or self.recorded or leaf._hooks is not None or leaf in self.gradients:
             return None
-
-        return into
+        if leaf in self.direct:
+            return self.direct[leaf], 1.0
+        empty = leaf._grad_buffer
+        if empty is None or leaf._grad is not None or not _fits(empty, leaf):
+            return None
+        self.direct[leaf] = empty._data
+        leaf._grad = empty
+        leaf._grad_buffer = None
+        empty._cell[0] += 1
+        return empty._data, 0.0
 
     def _run_hooks(self, hooks: Sequence[Any], gradient: Any, at: Any) -> Any:
         for hook in list(hooks):
@@ -179,9 +174,6 @@ def _sole(gradients: dict[Any, Any]) -> dict[Any, bool]:
 
 def _own_copy(target: Tensor, gradient: Any) -> Any:
     return target._device.backend.copy(gradient)
-
-
-WRITTEN = object()  # what an op returns for a gradient that it wrote into the leaf's buffer
 
 
 def _fits(buffer: Tensor, leaf: Tensor) -> bool:

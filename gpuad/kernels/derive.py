@@ -19,9 +19,7 @@ ONE = constant(1.0)
 
 def level(node: Expr, known: dict[Expr, str]) -> str:
     """Over what a node varies: "scalar", "row" (one value a row) or "element"; `known` caches."""
-    for each in topological([node]):
-        if each in known:
-            continue
+    for each in topological([node], known):
         if isinstance(each, Variable):
             known[each] = each.level
         elif each.function.across:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -74,6 +74,15 @@ class Expr:
         )
 
     __int__ = __float__ = __index__ = __complex__ = __len__ = __iter__ = _no_number
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Expr:
+        """np.exp(x) and the like, and NumPy scalars as left operands."""
+        for function in METHODS.values():
+            if method == "__call__" and not kwargs and getattr(function, "numpy", None) is ufunc:
+                return function(*inputs)
+        raise FormulaError(
+            f"np.{ufunc.__name__} cannot be used in a formula in this form; use gpuad's functions (gpuad.exp, …)."
+        )
 
     def __getitem__(self, key: Any) -> Expr:
         raise FormulaError(
@@ -277,8 +286,8 @@ def intern(function: ScalarFunction, args: tuple[Expr, ...]) -> Expr:
         return found
 
 
-def topological(roots: Iterable[Expr]) -> list[Expr]:
-    """Every node that the roots need, arguments before their users, each once; no recursion."""
+def topological(roots: Iterable[Expr], known: Container[Expr] = ()) -> list[Expr]:
+    """Every node that the roots need and that is not `known`, arguments before their users, each once; no recursion."""
     order: list[Expr] = []
     seen: set[Expr] = set()
     stack = [(root, False) for root in reversed(list(roots))]
@@ -286,7 +295,7 @@ def topological(roots: Iterable[Expr]) -> list[Expr]:
         node, ready = stack.pop()
         if ready:
             order.append(node)
-        elif node not in seen:
+        elif node not in seen and node not in known:
             seen.add(node)
             stack.append((node, True))
             stack.extend((a, False) for a in reversed(node.args) if a not in seen)

@@ -122,6 +122,8 @@ class Formula:
     ) -> Derivative:
         written_out = substitute(results, hidden) if hidden else results
         used = set(variables([*results, *written_out]))
+        if self.is_row and "element" in levels and not any(v.level == "element" for v in (*used, *first)):
+            used.add(next(v for v in self.inputs if v.level == "element"))  # for the shape of what is computed
         inputs = tuple(i for i, v in enumerate(self.inputs) if v in used)
         chosen = {placeholders[o]: i for i, o in reversed(list(enumerate(self.outputs))) if o in placeholders}
         outputs = tuple(sorted(i for v, i in chosen.items() if v in used))

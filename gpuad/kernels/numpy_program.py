@@ -12,6 +12,7 @@ A formula that is one ufunc is that ufunc.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -114,19 +115,24 @@ def select(condition: Any, a: Any, b: Any, out: np.ndarray | None = None, number
         return _plain_select(condition, a, b, out, dtype)
     bits = np.int32 if dtype.itemsize == 4 else np.int64
     result = None if out is None else out.view(bits)
-    if a_is_array and not b_is_array and b == 0 and condition.shape == a.shape:
+    if a_is_array and not b_is_array and _is_plain_zero(b) and condition.shape == a.shape:
         mask = np.negative(condition.view(np.int8), dtype=bits)
         return np.bitwise_and(a.view(bits), mask, out=mask if result is None else result).view(dtype)
-    if b_is_array and not a_is_array and a == 0 and condition.shape == b.shape:
+    if b_is_array and not a_is_array and _is_plain_zero(a) and condition.shape == b.shape:
         mask = np.subtract(condition.view(np.int8), 1, dtype=bits)
         return np.bitwise_and(b.view(bits), mask, out=mask if result is None else result).view(dtype)
-    if not a_is_array and not b_is_array and b == 0:
+    if not a_is_array and not b_is_array and 0 < a < math.inf and _is_plain_zero(b):
         return np.multiply(condition, a, dtype=dtype, out=out)
     if a_is_array and b_is_array and condition.shape == a.shape == b.shape:
         mask = np.negative(condition.view(np.int8), dtype=bits)
         np.bitwise_and(np.bitwise_xor(a.view(bits), b.view(bits)), mask, out=mask)
         return np.bitwise_xor(mask, b.view(bits), out=mask if result is None else result).view(dtype)
     return _plain_select(condition, a, b, out, dtype)
+
+
+def _is_plain_zero(number: Any) -> bool:
+    """0, whose bits are all 0: not -0.0."""
+    return number == 0 and math.copysign(1.0, number) > 0.0
 
 
 def _plain_select(condition: Any, a: Any, b: Any, out: np.ndarray | None, dtype: np.dtype) -> np.ndarray:
@@ -287,7 +293,9 @@ class NumpyProgram:
         self.formula = formula
         self.outputs = lower(formula.outputs)
         self.work = sum(1 for n in topological(self.outputs) if n.args)
+        self.copies = [isinstance(o, Variable) for o in self.outputs]  # an input handed on is copied
         self._whole: dict[tuple, Callable] = {}
+        self._calls: dict[tuple, tuple[Callable | None, tuple, list[int]]] = {}
         self._block: dict[tuple, tuple[Callable, list[str]]] = {}
 
     def whole(self, scalars: frozenset[int], full: frozenset[int]) -> Callable:
@@ -297,7 +305,10 @@ class NumpyProgram:
             writer = _Writer(self.formula, self.outputs, scalars, given=False)
             writer.write(frozenset(self.formula.inputs[i] for i in full))
             header = f"def program({', '.join(f'x{i}' for i in range(len(self.formula.inputs)))}, dtype):"
-            names = [writer.text(o) for o in self.outputs]
+            names = [
+                f"{writer.text(o)}.copy()" if o in set(self.outputs[:i]) and writer.depends[o] else writer.text(o)
+                for i, o in enumerate(self.outputs)
+            ]
             program = writer.compile(header, [f"return {', '.join(names)}" if len(names) > 1 else f"return {names[0]}"])
             self._whole[scalars, full] = program
         return program
@@ -310,42 +321,68 @@ class NumpyProgram:
             writer.write(frozenset(v for i, v in enumerate(self.formula.inputs) if i not in scalars))
             outs = [f"o{i}" for i in range(len(self.outputs))]
             names = [f"x{i}" for i in range(len(self.formula.inputs))] + outs + list(writer.scratch)
-            footer = [
-                f"copyto({o}, {writer.text(e)})"
-                for o, e in zip(outs, self.outputs, strict=True)
-                if writer.text(e) != o
-            ]
+            footer, taken = [], []
+            for i, (out, node) in enumerate(zip(outs, self.outputs, strict=True)):
+                source = writer.text(node)
+                if source == out:
+                    continue
+                if any(o != i and self.formula.inputs[k] is node for o, k in aliases):  # its memory is an output's too
+                    footer.append(f"k{i} = {source}.copy()")
+                    source = f"k{i}"
+                taken.append(f"copyto({out}, {source})")
+            footer += taken
             found = writer.compile(f"def program({', '.join(names)}):", footer), list(writer.scratch.values())
             self._block[scalars, aliases] = found
         return found
 
     def __call__(self, arguments: Sequence[Any], dtype: np.dtype, outs: Sequence[Any] | None = None) -> Any:
         """The outputs, a list; numbers computed in `dtype`. `outs` are buffers to write into; they may be inputs."""
-        scalars, shape, size, uniform = _survey(arguments)
-        outputs = self.outputs
         if dtype == np.float16:
             return self._in_float32(arguments, outs)
-        if outs is None and size <= BLOCK:
-            if shape == ():
-                arguments = [a.reshape(1) if type(a) is np.ndarray else a for a in arguments]
-                full = frozenset(i for i in range(len(arguments)) if i not in scalars)
-            else:
-                full = frozenset(
-                    i for i, a in enumerate(arguments) if i not in scalars and (uniform or a.shape == shape)
-                )
-            results = self.whole(scalars, full)(*arguments, dtype)
-            results = [results] if len(outputs) == 1 else list(results)
-            for i, result in enumerate(results):
-                results[i] = self._finish(result, i, arguments, shape, dtype)
-            return results
         if outs is None:
-            outs = [np.empty(shape, self.formula.out_dtype(i, dtype)) for i in range(len(outputs))]
+            key = tuple([a.shape if type(a) is np.ndarray else None for a in arguments])
+            call = self._calls.get(key)
+            if call is None:
+                call = self._prepare(arguments, key)
+            program, shape, zero_d = call
+            if program is not None:
+                if zero_d:
+                    arguments = list(arguments)
+                    for i in zero_d:
+                        arguments[i] = arguments[i].item() if shape else arguments[i].reshape(1)
+                results = program(*arguments, dtype)
+                if len(self.outputs) == 1:
+                    results = (results,)
+                return [self._finish(r, i, arguments, shape, dtype) for i, r in enumerate(results)]
+        scalars, shape, size, _ = _survey(arguments)
+        if outs is None:
+            outs = [np.empty(shape, self.formula.out_dtype(i, dtype)) for i in range(len(self.outputs))]
         self._in_blocks(arguments, scalars, shape, size, dtype, list(outs))
         return list(outs)
 
+    def _prepare(self, arguments: Sequence[Any], key: tuple) -> tuple[Callable | None, tuple, list[int]]:
+        """The program for arguments of these shapes (None for blocks), the result's shape, and which are 0-d.
+
+        A 0-d array beside larger ones is passed as a number, a result of shape () is computed in shape (1,): ufuncs turn
+        0-d arrays into scalars, which take no `out=`.
+        """
+        scalars, shape, size, uniform = _survey(arguments)
+        program = None
+        zero_d: list[int] = []
+        if size <= BLOCK:
+            zero_d = [i for i, a in enumerate(arguments) if i not in scalars and a.shape == ()]
+            if shape:
+                scalars = _frozen(tuple(sorted({*scalars, *zero_d})))
+            full = frozenset(i for i, a in enumerate(arguments) if i not in scalars and (uniform or a.shape == shape))
+            program = self.whole(scalars, full)
+        if len(self._calls) > 1000:
+            self._calls.clear()
+        call = self._calls[key] = program, shape, zero_d
+        return call
+
     def _finish(self, result: Any, i: int, arguments: Sequence[Any], shape: tuple, dtype: np.dtype) -> np.ndarray:
         """Outputs are fresh arrays of the full shape, also where the formula is a constant or one of its inputs."""
-        if type(result) is not np.ndarray or result.shape != shape or any(result is a for a in arguments):
+        if type(result) is not np.ndarray or result.shape != shape or self.copies[i]:
             if type(result) is np.ndarray and shape == () and result.size == 1 and result.base is None:
                 return result.reshape(())
             made = np.empty(shape, self.formula.out_dtype(i, dtype))

@@ -6,6 +6,7 @@ are cut into blocks of rows, spread over threads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -44,12 +45,14 @@ def _row_max(x: np.ndarray, columns: int) -> np.ndarray:
 
 def _row_logsumexp(x: np.ndarray, columns: int) -> np.ndarray:
     highest = _row_max(x, columns)
-    # A row of −inf, or with +inf, has that as its result: nothing to subtract.
-    if not np.isfinite(highest).all():
-        highest = np.where(np.isfinite(highest), highest, x.dtype.type(0))
     shifted = np.subtract(x, highest)
     np.exp(shifted, shifted)
     total = _row_sum(shifted, columns)
+    flat = total.reshape(-1)
+    if not math.isfinite(np.dot(flat, flat)):
+        # inf − inf: a row of −inf, or with +inf, has that as its result, and nothing to subtract.
+        highest = np.where(np.isfinite(highest), highest, x.dtype.type(0))
+        total = _row_sum(np.exp(x - highest), columns)
     np.log(total, total)
     return np.add(total, highest, total)
 
@@ -150,7 +153,10 @@ class RowProgram:
     def __init__(self, formula: Formula) -> None:
         self.formula = formula
         self.outputs = _use_add_at(elementwise.lower(formula.outputs))
+        self.copies = [isinstance(o, Variable) for o in self.outputs]  # an input handed on is copied
+        self.first_element = next(i for i, v in enumerate(formula.inputs) if v.level == "element")
         self._programs: dict[frozenset[int], Callable] = {}
+        self._calls: dict[tuple, tuple[Callable, list[int], list[int]]] = {}
 
     def program(self, scalars: frozenset[int]) -> Callable:
         """The program over (rows, columns) arrays, `scalars` being Python numbers."""
@@ -170,19 +176,26 @@ class RowProgram:
             wide = [a.astype(np.float32) if type(a) is np.ndarray and a.dtype == dtype else a for a in arguments]
             return [r.astype(dtype) if r.dtype == np.float32 else r for r in self(wide, np.dtype(np.float32))]
         inputs = self.formula.inputs
-        scalars = elementwise._frozen(tuple([i for i, a in enumerate(arguments) if type(a) is not np.ndarray]))
-        shape = next(a.shape for a, v in zip(arguments, inputs, strict=True) if v.level == "element")
+        kinds = tuple([type(a) is np.ndarray and (a.ndim or -1) for a in arguments])
+        call = self._calls.get(kinds)
+        if call is None:
+            scalars = frozenset(i for i, k in enumerate(kinds) if not k or k == -1)
+            rows_at = [i for i, v in enumerate(inputs) if v.level == "row" and kinds[i] == 1]
+            zero_d = [i for i, k in enumerate(kinds) if k == -1]
+            call = self._calls[kinds] = self.program(scalars), rows_at, zero_d
+        program, rows_at, zero_d = call
+        shape = arguments[self.first_element].shape
         rows, columns = shape
-        prepared = [
-            a[:, None] if v.level == "row" and type(a) is np.ndarray and a.ndim else a
-            for a, v in zip(arguments, inputs, strict=True)
-        ]
-        program = self.program(scalars)
+        prepared = list(arguments)
+        for i in rows_at:
+            prepared[i] = prepared[i][:, None]
+        for i in zero_d:
+            prepared[i] = prepared[i].item()
         if not rows or not columns:
             return [np.zeros(self._shape(i, shape), self.formula.out_dtype(i, dtype)) for i in range(len(self.outputs))]
         if rows * columns <= 4 * elementwise.BLOCK:
             results = program(columns, *prepared, dtype)
-            return [self._finish(r, i, shape, dtype, prepared) for i, r in enumerate(results)]
+            return [self._finish(r, i, shape, dtype) for i, r in enumerate(results)]
         made = [np.empty(self._shape(i, shape), self.formula.out_dtype(i, dtype)) for i in range(len(self.outputs))]
         step = max(1, elementwise.BLOCK // columns)
 
@@ -190,7 +203,7 @@ class RowProgram:
             for i in range(start, stop, step):
                 j = min(i + step, stop)
                 part = [
-                    a[i:j] if type(a) is np.ndarray and a.ndim and v.level != "scalar" else a
+                    a[i:j] if type(a) is np.ndarray and v.level != "scalar" else a
                     for a, v in zip(prepared, inputs, strict=True)
                 ]
                 for out, result, level in zip(made, program(columns, *part, dtype), self.formula.levels, strict=True):
@@ -202,14 +215,13 @@ class RowProgram:
     def _shape(self, i: int, shape: tuple[int, int]) -> tuple[int, ...]:
         return {"element": shape, "row": shape[:1], "scalar": ()}[self.formula.levels[i]]
 
-    def _finish(self, result: Any, i: int, shape: tuple[int, int], dtype: np.dtype, inputs: Sequence[Any]) -> Any:
+    def _finish(self, result: Any, i: int, shape: tuple[int, int], dtype: np.dtype) -> Any:
         wanted = self._shape(i, shape)
-        if type(result) is np.ndarray and not any(result is a for a in inputs):
+        if type(result) is np.ndarray and not self.copies[i]:
             if result.shape == wanted:
                 return result
-            if wanted == shape[:1] and result.shape == (shape[0], 1):
-                return result[:, 0] if result.base is None else result.reshape(-1)
+            if len(wanted) == 1 and result.shape == (shape[0], 1):
+                return result.reshape(-1)
         made = np.empty(wanted, self.formula.out_dtype(i, dtype))
         made[...] = result.reshape(-1) if type(result) is np.ndarray and len(wanted) == 1 and result.ndim else result
         return made
-

@@ -7,8 +7,9 @@ from typing import Any
 
 from gpuad.autograd.elementwise import elementwise
 from gpuad.autograd.op import function
-from gpuad.kernels.scalar import abs, clamp, erf, exp, expm1, log, log1p, minimum, sigmoid, tanh, where
+from gpuad.kernels.scalar import abs, clamp, erf, exp, expm1, log, log1p, minimum, tanh, where
 from gpuad.kernels.scalar import relu as scalar_relu
+from gpuad.kernels.scalar import sigmoid as scalar_sigmoid
 from gpuad.ops.samples import S, unary
 
 
@@ -17,8 +18,8 @@ def _softplus(x: Any, beta: Any, threshold: Any) -> Any:
 
 
 relu = elementwise("relu", lambda input: scalar_relu(input), unary(-2, 2, 0), "max(input, 0).", in_place=True)
-sigmoid_ = elementwise("sigmoid", lambda input: sigmoid(input), unary(), "1 / (1 + exp(−input)).", in_place=True)
-silu = elementwise("silu", lambda input: input * sigmoid(input), unary(), "input · sigmoid(input).", nn=True)
+sigmoid = elementwise("sigmoid", lambda input: scalar_sigmoid(input), unary(), "1 / (1 + exp(−input)).", in_place=True)
+silu = elementwise("silu", lambda input: input * scalar_sigmoid(input), unary(), "input · sigmoid(input).", nn=True)
 mish = elementwise("mish", lambda input: input * tanh(_softplus(input, 1.0, 20.0)), unary(),
                    "input · tanh(softplus(input)).", nn=True)  # fmt: skip
 
@@ -51,7 +52,7 @@ selu = elementwise(
 leaky_relu = elementwise("leaky_relu", lambda input, negative_slope=0.01: where(input > 0, input, input * negative_slope),
                          [(S((3, 4), -2, 2, (0,)), 0.1)], "input where positive, else negative_slope · input.",
                          nn=True)  # fmt: skip
-prelu_ = elementwise("prelu", lambda input, weight: where(input > 0, input, input * weight),
+prelu = elementwise("prelu", lambda input, weight: where(input > 0, input, input * weight),
                      [(S((3, 4), -2, 2, (0,)), S((4,)))], "leaky_relu with a learned slope.", method=False)  # fmt: skip
 relu6 = elementwise("relu6", lambda input: clamp(input, 0.0, 6.0), [(S((3, 4), -8, 8, (0, 6)),)],
                     "min(max(input, 0), 6).", nn=True)  # fmt: skip

@@ -179,8 +179,8 @@ linear_ = primitive(
     _linear,
     vjp={
         "x": lambda g, weight: gemm(g, weight),
-        "weight": lambda g, x, weight_shape, into: _into(mT(g), x, weight_shape, into),
-        "bias": lambda g, bias_shape, into: _sum_rows(g, into),
+        "weight": lambda g, x, into: _product(g, x, into),
+        "bias": lambda g, into: _sum_rows(g, into),
     },
     jvp={
         "x": lambda t, weight: linear_(t, weight, None),
@@ -190,6 +190,13 @@ linear_ = primitive(
     samples=[(S((3, 4)), S((5, 4)), S((5,))), (S((3, 4)), S((5, 4)), None), (S((0, 4)), S((5, 4)), S((5,)))],
     doc="x @ weight.T + bias for a matrix x.",
 )
+
+
+def _product(g: Any, x: Any, into: Any) -> Any:
+    """gᵀ x, into the leaf's buffer where there is one."""
+    if into is None:
+        return gemm(mT(g), x)
+    return of_array(g).backend.gemm(g.T, x, into[0], 1.0, into[1])
 
 
 def _sum_rows(g: Any, into: Any) -> Any:

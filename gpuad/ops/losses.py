@@ -154,7 +154,7 @@ _bce_positive = elementwise(
     lambda input, target, pos_weight: (1 - target) * input
     + (1 + (pos_weight - 1) * target) * (log1p(exp(-abs(input))) + maximum(-input, 0.0)),
     [(S((3, 4), -2, 2, (0,)), S((3, 4), 0.1, 0.9), S((4,), 0.5, 2))],
-    "binary_cross_entropy_with_logits with a weight on the positive terms.", method=False,
+    "binary_cross_entropy_with_logits with a weight on the positive terms.", nn=True,
 )  # fmt: skip
 _kl = _Loss(
     "kl_div",

@@ -246,8 +246,8 @@ def _select(name: str, whole: Any, arg: Any, pair: Any) -> Any:
     return function(select, name=name)
 
 
-_select("max", amax, argmax, maximum)
-_select("min", amin, argmin, minimum)
+max = _select("max", amax, argmax, maximum)
+min = _select("min", amin, argmin, minimum)
 
 
 def _prod_rule(g: Any, input: Any, input_shape: Any, axes: Any, keepdims: bool) -> Any:

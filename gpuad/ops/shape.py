@@ -232,7 +232,10 @@ def expand_as(input: Any, other: Any) -> Any:
     return expand(input, other.shape)
 
 
-function(lambda input, size: expand(input, size), name="broadcast_to")
+@function
+def broadcast_to(input: Any, size: Sequence[int]) -> Any:
+    """expand() to the shape `size`."""
+    return expand(input, size)
 
 
 @function(method=False)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from workloads import TARGETS
 
-import gpuad
+import gpuad.nn
+import gpuad.optim
 
 
 @pytest.mark.parametrize("workload", TARGETS, ids=lambda workload: workload.__name__)
