@@ -29,9 +29,7 @@ class Lion(Optimizer):
     ) -> None:
         check_not_negative(lr=lr, weight_decay=weight_decay)
         check_below_one(betas=betas)
-        super().__init__(
-            params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay, "maximize": maximize}
-        )
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay, "maximize": maximize})
 
     @update
     def rule(p, grad, exp_avg, *, lr, betas, weight_decay=0.0, maximize=False):

@@ -140,12 +140,16 @@ class Optimizer:
         if closure is not None:
             with gpuad.enable_grad():
                 loss = closure()
-        for hook in list(self._before_step.values()):
-            hook(self, (), {})
+        if self._before_step:
+            self._call(self._before_step)
         self._updater.step(self.param_groups, self.state)
-        for hook in list(self._after_step.values()):
-            hook(self, (), {})
+        if self._after_step:
+            self._call(self._after_step)
         return loss
+
+    def _call(self, hooks: dict[int, Callable]) -> None:
+        for hook in list(hooks.values()):
+            hook(self, (), {})
 
     def register_step_pre_hook(self, hook: Callable) -> Any:
         """Call hook(optimizer, args, kwargs) before each step; returns a handle with remove()."""

@@ -35,7 +35,7 @@ def pytest_report_header() -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `cuda` where there is no CUDA device."""
     if WHY_NO_CUDA:
-        skip = pytest.mark.skip(reason=WHY_NO_CUDA)
+        skip = pytest.mark.skip(reason=WHY_NO_CUDA.partition(". ")[0])  # the header has the whole of it
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(skip)

@@ -140,7 +140,8 @@ class Reduced(Elementwise):
         if params["mean"]:
             if self.weighted:
                 weights = Elementwise(f"{self.name}_weight", self.term.of(self.term.outputs[1:2], ["row"]), register=False)
-                scale = weights(*inputs).sum()
+                # The weights come from the labels alone, so nothing moves in them.
+                scale = weights(*[x.detach() if isinstance(x, Tensor) else x for x in inputs]).sum()
             else:
                 scale = 1.0
         derivative = op(*inputs, scale, *[t for t in tangents if t is not None])

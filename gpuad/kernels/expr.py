@@ -249,11 +249,10 @@ def as_expr(value: Any) -> Expr:
     """A number or an expression as an expression."""
     if isinstance(value, Expr):
         return value
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        value = value.item()
     if isinstance(value, (bool, int, float)):
         return constant(value)
-    if hasattr(value, "item") and getattr(value, "shape", None) == () and hasattr(value, "dtype"):
-        if type(value).__module__ == "numpy":
-            return constant(value.item())
     raise FormulaError(
         f"A formula takes its tensors as arguments; it cannot use a {type(value).__name__} from outside. "
         "Make it an argument of the function."

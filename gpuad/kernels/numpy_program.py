@@ -35,6 +35,9 @@ THREADED_WORK = 4_000_000
 _WARNING = {"div", "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sqrt", "pow", "tan", "asin", "acos",
             "atanh", "acosh", "sinh", "cosh", "hypot", "remainder", "fmod", "floor_divide", "rsqrt"}  # fmt: skip
 
+# The dtypes of scratch buffers that do not hold numbers.
+SCRATCH = {"bool": np.bool_, "label": np.int64}
+
 _threads: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 _pool: ThreadPoolExecutor | None = None
 
@@ -170,6 +173,7 @@ class _Writer:
         self.lines: list[str] = []
         self.free: dict[Any, list[str]] = {}
         self.scratch: dict[str, str] = {}
+        self.kinds: dict[Expr, str] = {}
         self.last_use: dict[Expr, int] = {}
         for i, node in enumerate(self.order):
             for argument in node.args:
@@ -190,13 +194,28 @@ class _Writer:
             return repr(node.value) if abs(float(node.value)) < float("inf") else f'float("{node.value}")'
         return self.name[node]
 
-    def is_bool(self, node: Expr) -> bool:
-        return node.function.result == "bool"
+    def kind(self, node: Expr) -> str:
+        """What a node's buffer holds: "bool", "label" (int64) or "number" (the dtype of the program)."""
+        found = self.kinds.get(node)
+        if found is None:
+            found = self.kinds[node] = self._kind(node)
+        return found
+
+    def _kind(self, node: Expr) -> str:
+        if isinstance(node, Variable):
+            return {"mask": "bool", "label": "label"}.get(node.kind, "number")
+        if node.function.result == "bool" or (isinstance(node, Constant) and isinstance(node.value, bool)):
+            return "bool"
+        if node.function.result == "float" or not node.args:
+            return "number"
+        operands = node.args[1:] if node.function is where else node.args
+        kinds = {self.kind(a) for a in operands if not (isinstance(a, Constant) and type(a.value) is int)}
+        return "number" if "number" in kinds or not kinds else "label" if "label" in kinds else "bool"
 
     def buffer_class(self, node: Expr, whole: frozenset[Variable]) -> tuple:
         """Nodes of one class have one shape and dtype: those that depend on a full-shaped input, or on the same."""
         depends = self.depends[node]
-        return (self.is_bool(node), "full" if depends & whole else depends)
+        return (self.kind(node), "full" if depends & whole else depends)
 
     def write(self, whole: frozenset[Variable]) -> None:
         self.depends: dict[Expr, frozenset[Expr]] = {}
@@ -237,8 +256,8 @@ class _Writer:
                 if out is None and self.free.get(kind):
                     out = self.free[kind].pop()
                 if out is None and self.given:
-                    out = f"{'b' if kind[0] else 's'}{len(self.scratch)}"
-                    self.scratch[out] = "bool" if kind[0] else "number"
+                    out = f"s{len(self.scratch)}"
+                    self.scratch[out] = kind[0]
             call, written = self.call(node, arguments, out)
             if not written and out is not None and not self.given:
                 self.free.setdefault(kind, []).append(out)
@@ -414,7 +433,7 @@ class NumpyProgram:
 
         def work(start: int, stop: int) -> None:
             length = min(size, BLOCK)
-            scratch = [np.empty(length, bool if kind == "bool" else dtype) for kind in kinds]
+            scratch = [np.empty(length, SCRATCH.get(kind, dtype)) for kind in kinds]
             call = list(arguments)
             for block_views, block_outs in _blocks(views, flat_outs, start, stop):
                 for i, view in zip(arrays, block_views, strict=True):

@@ -80,9 +80,11 @@ def _add_at(x: np.ndarray, place: Any, value: Any, columns: int, out: np.ndarray
         out = x.copy()
     elif out is not x:
         np.copyto(out, x)
-    flat = out.reshape(-1)
-    index = (place + _offsets(x.shape[0], columns)).reshape(-1)
-    flat[index] += np.broadcast_to(value, (x.shape[0], 1)).reshape(-1) if np.ndim(value) else value
+    added = np.broadcast_to(value, (x.shape[0], 1)).reshape(-1) if np.ndim(value) else value
+    if out.flags.c_contiguous:
+        out.reshape(-1)[(place + _offsets(x.shape[0], columns)).reshape(-1)] += added
+    else:
+        out[_offsets(x.shape[0], 1).reshape(-1), np.reshape(place, -1)] += added
     return out
 
 
@@ -136,8 +138,8 @@ class _RowWriter(elementwise._Writer):
     def buffer_class(self, node: Expr, whole: frozenset[Variable]) -> tuple:
         depends = self.depends[node]
         if derive.level(node, self.known) == "element" and depends & whole:
-            return (self.is_bool(node), "full")
-        return (self.is_bool(node), derive.level(node, self.known), depends)
+            return (self.kind(node), "full")
+        return (self.kind(node), derive.level(node, self.known), depends)
 
     def call(self, node: Expr, arguments: list[str], out: str | None) -> tuple[str, bool]:
         if node.function is add_at:

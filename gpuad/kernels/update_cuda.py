@@ -26,9 +26,8 @@ EACH = 4  # elements of a thread, whose loads are under way together
 NUMBERS_BYTES = 1024
 TABLE_WORDS = (4096 - NUMBERS_BYTES - 64) // 8
 
+_HALF = "#include <cupy/carray.cuh>\n#include <cupy/float16.cuh>\n"
 _SOURCE = r"""
-#include <cupy/carray.cuh>
-#include <cupy/float16.cuh>
 {preamble}
 struct Table {{ unsigned long long word[{words}]; }};
 struct Numbers {{ {compute} value[{room}]; }};
@@ -130,7 +129,7 @@ class CudaUpdate:
         for i, output in enumerate(formula.outputs):
             body.append(f"a{i + 1 if i else 0}[i] = ({stored}){names[output]};")
         return _SOURCE.format(
-            preamble=PREAMBLE,
+            preamble=(_HALF if self.dtype == np.float16 else "") + PREAMBLE,
             words=TABLE_WORDS,
             compute=compute,
             room=NUMBERS_BYTES // compute_dtype(self.dtype).itemsize,

@@ -371,6 +371,7 @@ embedding_ = primitive(
     lambda backend, weight, *, index, padding: backend.read_at(weight, (index,)),
     vjp={"weight": lambda g, weight_shape, index, padding: _rows_back(g, weight_shape, index, padding)},
     jvp={"weight": lambda t, index, padding: take(t, key=(index,))},
+    samples=[(S((4, 3)), {"index": Array([[0, 2], [2, 1]]), "padding": None})],
     doc="Rows of a matrix picked by their numbers.",
 )
 

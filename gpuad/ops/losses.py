@@ -11,7 +11,7 @@ from gpuad.errors import DtypeError, ShapeError
 from gpuad.kernels.scalar import (
     abs, clamp, exp, log, log1p, maximum, ne, row_at, row_logsumexp, where,
 )  # fmt: skip
-from gpuad.ops.samples import S
+from gpuad.ops.samples import S, class_indices
 from gpuad.tensor import Tensor
 
 
@@ -194,9 +194,15 @@ def _nll_term(input: Any, label: Any, ignore: Any) -> tuple[Any, Any]:
 
 
 _labels = {"rows": ("label",), "labels": ("label", "ignore"), "scalars": ("ignore",)}
-ce_plain = Reduced("cross_entropy", _plain_term, (), "logsumexp(x) − x[label], x a row.", rows=("label",), labels=("label",))
-ce_masked = Reduced("cross_entropy_masked", _masked_term, (), "The same, without rows to ignore.", weighted=True, **_labels)
-nll_masked = Reduced("nll_loss", _nll_term, (), "−x[label], x a row of log-probabilities.", weighted=True, **_labels)
+_classified = [(S((5, 3)), class_indices((5,), 3)), (S((5, 3)), class_indices((5,), 3), {"mean": False}),
+               (S((1, 4)), class_indices((1,), 4))]  # fmt: skip
+_masked = [(S((6, 3)), class_indices((6,), 3), 1), (S((6, 3)), class_indices((6,), 3), 1, {"mean": False}),
+           (S((5, 3)), class_indices((5,), 3), -100)]  # fmt: skip
+ce_plain = Reduced("cross_entropy", _plain_term, _classified, "logsumexp(x) − x[label], x a row.", rows=("label",),
+                   labels=("label",))  # fmt: skip
+ce_masked = Reduced("cross_entropy_masked", _masked_term, _masked, "The same, without rows to ignore.", weighted=True,
+                    **_labels)  # fmt: skip
+nll_masked = Reduced("nll_loss", _nll_term, _masked, "−x[label], x a row of log-probabilities.", weighted=True, **_labels)
 
 
 def _check_labels(name: str, input: Any, target: Any) -> None:

@@ -50,3 +50,8 @@ def reductions(*, empty: bool = True, **parameters: Any) -> list[tuple]:
     given: list[tuple] = [((3, 4), (0,), False), ((3, 4), (0, 1), False), ((2, 3, 4), (0, 2), True), ((), (), False)]
     given.append(((0, 3), (0,), False) if empty else ((0, 3), (1,), False))
     return [(S(shape), {"axes": axes, "keepdims": keepdims, **parameters}) for shape, axes, keepdims in given]
+
+
+def class_indices(shape: tuple[int, ...], classes: int) -> S:
+    """A tensor of class indices below `classes`."""
+    return S(shape, 0, classes, (), "int")
