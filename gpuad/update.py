@@ -40,7 +40,7 @@ class _Batch:
 class _Setting:
     """The hyperparameters of a group: raw as they stand there, their values, and the numbers made of them, by step.
 
-    first: the setting for the first update of a parameter. moving: whether a value is a Tensor, to be read every time.
+    first: the setting for the first update of a parameter. moving: whether a value can change in place (a Tensor).
     """
 
     __slots__ = ("raw", "values", "update", "numbers", "first", "moving")
@@ -52,7 +52,7 @@ class _Setting:
         self.values = tuple([_plain(value) for value in raw])
         self.update: Update = rule.update(self.values)
         self.numbers: dict[float | None, tuple[float, ...]] = {}
-        self.moving = any(isinstance(value, Tensor) for value in raw)
+        self.moving = not all(isinstance(v, (int, float)) for r in raw for v in (r if type(r) is tuple else (r,)))
 
     def numbers_at(self, step: float | None) -> tuple[float, ...]:
         """The numbers of the formula; one tuple for all parameters that have counted the same step."""
@@ -134,7 +134,8 @@ class Updater:
         raw = [group[name] for name in self.rule.hyperparameters]
         found = self._settings.get(index)
         if found is None or found.moving or found.raw != raw:
-            found = self._settings[index] = found.first = _Setting(self.rule, raw)
+            found = self._settings[index] = _Setting(self.rule, raw)
+            found.first = found
             if any([group[name] != value for name, value in self._first.items()]):
                 changed = {**group, **self._first}
                 found.first = _Setting(self.rule, [changed[name] for name in self.rule.hyperparameters])
@@ -153,7 +154,8 @@ class Updater:
     ) -> None:
         """Put the parameters of a group that have gradients into the sets of their batches."""
         entries, update = self._entries, setting.update
-        step = numbers = batch = items = None
+        step = numbers = batch = None
+        items: list = []
         for p in group["params"]:
             g = p._grad
             if g is None:
@@ -190,9 +192,9 @@ class Updater:
         entry = _Entry()
         entry.is_first, entry.held, entry.count = False, [], None
         if own is not None and self.rule.counts_steps:
-            tensor = own["step"] = _step_count(own.get("step"))
-            entry.count = tensor._data
-            entry.held.append(("step", tensor, tensor._data))
+            counter = own["step"] = _step_count(own.get("step"))
+            entry.count = counter._data
+            entry.held.append(("step", counter, counter._data))
         arrays = []
         for name in setting.update.states:
             assert own is not None

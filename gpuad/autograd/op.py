@@ -175,6 +175,16 @@ def broadcast_error(name: str, inputs: Sequence[Any], names: Sequence[str] | Non
 
 def promoted_dtype(inputs: Sequence[Any], needs_float: bool) -> np.dtype:
     """The dtype that numbers are computed in, by PyTorch's promotion rules."""
+    found: np.dtype | None = None
+    for x in inputs:  # nearly always one floating dtype, and numbers, which go with any
+        if not isinstance(x, NUMBERS):
+            dtype = x._data.dtype if isinstance(x, Tensor) else x.dtype
+            if dtype.kind != "f" or (found is not None and dtype != found):
+                break
+            found = dtype
+    else:
+        if found is not None:
+            return found
     dimensioned, zero_d, scalars = [], [], []
     for x in inputs:
         if isinstance(x, NUMBERS):

@@ -19,6 +19,8 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from gpuad.array.device import of_array
 from gpuad.autograd.modes import state
 from gpuad.autograd.node import WRITTEN, Node
@@ -65,6 +67,10 @@ class _Plan:
         ]
 
 
+# What a bare array is not: quicker to ask than what it is, as CuPy may not be there.
+_NO_ARRAYS = (Tensor, Expr, list, tuple, np.generic, type(None), *NUMBERS)
+
+
 class Primitive(Op):
     """An operation declared by its forward function and its rules; see the top of this file.
 
@@ -107,6 +113,9 @@ class Primitive(Op):
     # Forward ----------------------------------------------------------------------------------------------------------
 
     def __call__(self, *inputs: Any, **params: Any) -> Any:
+        first = inputs[0]
+        if not isinstance(first, _NO_ARRAYS) and not any([isinstance(x, Tensor) for x in inputs]):
+            return self.forward(of_array(first).backend, *inputs, **params)
         arrays = []
         device = None
         wanted: tuple[int, ...] = ()
@@ -126,8 +135,6 @@ class Primitive(Op):
                     f"{self.name} is not elementwise, so it cannot be used in a formula; a formula sees one element at "
                     "a time. Compute it before or after the fused function."
                 )
-            elif device is None and not any([isinstance(y, Tensor) for y in inputs]):
-                return self.forward(of_array(x).backend, *inputs, **params)
             else:
                 arrays.append(as_operand(self.name, x))
         if Interpreters.active:

@@ -56,6 +56,7 @@ class Walk:
     def run(self, targets: dict[Any, None] | None = None, needed: set[Any] | None = None) -> None:
         """Walk until no node is pending; with `needed`, only nodes that lead to a target."""
         heap, gradients, recorded, retain = self.heap, self.gradients, self.recorded, self.retain
+        direct = self.direct
         keep: dict[Any, Any] = {}
         while heap:
             node = heappop(heap)[1]
@@ -84,12 +85,12 @@ class Walk:
                     continue
                 if needed is not None and parent not in needed and parent not in targets:  # type: ignore[operator]
                     continue
-                if parent in gradients or parent in self.direct:
+                if parent in gradients or parent in direct:
                     self.contribute(parent, result)
-                else:
-                    gradients[parent] = result
-                    if not isinstance(parent, Tensor):
-                        heappush(heap, (-parent.number, parent))
+                    continue
+                gradients[parent] = result
+                if isinstance(parent, Node):
+                    heappush(heap, (-parent.number, parent))
         gradients.update(keep)
 
     def _gather(self, node: OutputNode, gradient: Any) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gpuad.array.numpy_backend import host_sum
 from gpuad.kernels.expr import Constant, Expr, Variable, substitute, topological
 from gpuad.kernels.scalar import SpecialFunction, where
 
@@ -455,16 +456,15 @@ class NumpyProgram:
         if dtype == np.float16:
             arguments = [a.astype(np.float32) if type(a) is np.ndarray and a.dtype == dtype else a for a in arguments]
             return self.reduce(arguments, np.dtype(np.float32), axes, keepdims, scale).astype(np.float16)
-        scalars, shape, size, _ = _survey(arguments)
-        if size <= 4 * BLOCK or not shape:
-            (term,) = self(arguments, dtype)
-            total = np.add.reduce(term, axes, term.dtype, None, keepdims)
-        else:
-            total = self._reduce_in_blocks(arguments, dtype, axes, scalars, shape)
-            if not keepdims:
-                total = total.reshape([n for i, n in enumerate(shape) if i not in axes])
-        if type(total) is not np.ndarray:
-            total = np.asarray(total)
+        call = self._calls.get(tuple([a.shape if type(a) is np.ndarray else None for a in arguments]))
+        if call is None or call[0] is None:
+            scalars, shape, size, _ = _survey(arguments)
+            if size > 4 * BLOCK:
+                total = self._reduce_in_blocks(arguments, dtype, axes, scalars, shape)
+                if not keepdims:
+                    total = total.reshape([n for i, n in enumerate(shape) if i not in axes])
+                return total if scale == 1.0 else np.multiply(total, scale, out=total)
+        total = host_sum(self(arguments, dtype)[0], axes, keepdims)
         return total if scale == 1.0 else np.multiply(total, scale, out=total)
 
     def _reduce_in_blocks(

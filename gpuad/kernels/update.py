@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,7 +45,8 @@ class UpdateRule:
                 "rule(p, grad, velocity, *, lr, momentum=0.0)."
             )
         self.function = function
-        self.name = function.__qualname__.replace(".rule", "").rpartition(".")[2]
+        owner = function.__qualname__.removesuffix(".rule").rpartition(".")[2]
+        self.name = re.sub(r"\W", "_", owner, flags=re.ASCII)  # a kernel is called so
         self.__doc__ = function.__doc__
         self.arrays = tuple(arrays)
         self.states = self.arrays[2:]

@@ -56,7 +56,7 @@ class NumpyUpdate:
                 large.clear()
 
     def _run_large(self, parameters: list[tuple[np.ndarray, ...]], numbers: tuple[float, ...]) -> None:
-        """Update parameters in blocks; those whose arrays differ in layout, or are float16, by the formula's program."""
+        """Update parameters in blocks; those of float16, or whose arrays differ in layout, by the formula's program."""
         flat = []
         for arrays in parameters:
             if arrays[0].dtype != np.float16 and all([a.flags.c_contiguous for a in arrays]):
@@ -75,13 +75,13 @@ class NumpyUpdate:
 
     def _blocks(
         self, flat: list[list[np.ndarray]], ends: list[int], start: int, stop: int
-    ) -> Iterator[tuple[list[np.ndarray], ...]]:
+    ) -> Iterator[tuple[Any, ...]]:
         """Blocks number `start` to `stop` of all parameters, as items of the loop; ends counts blocks up to each."""
         scratch = [np.empty(BLOCK, SCRATCH.get(kind, self.dtype)) for kind in self._kinds]
         for arrays, first, end in zip(flat, ends, ends[1:]):
             for block in range(max(start, first) - first, min(stop, end) - first):
                 i, j = block * BLOCK, min((block + 1) * BLOCK, arrays[0].size)
-                yield [s[: j - i] for s in scratch], *[a[i:j] for a in arrays]  # type: ignore[misc]
+                yield [s[: j - i] for s in scratch], *[a[i:j] for a in arrays]
 
 
 class _Positional(_Writer):

@@ -178,7 +178,7 @@ linear_ = primitive(
     "linear",
     _linear,
     vjp={
-        "x": lambda g, weight: gemm(g, weight),
+        "x": lambda g, weight: gemm(g, weight) if isinstance(g, Tensor) else of_array(g).backend.gemm(g, weight),
         "weight": lambda g, x, into: _product(g, x, into),
         "bias": lambda g, into: _sum_rows(g, into),
     },
@@ -219,7 +219,7 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
     input: (*, in_features). weight: (out_features, in_features). bias: (out_features,) or None.
     Returns (*, out_features). One dtype and device.
     """
-    if input.ndim == 2:
+    if input._data.ndim == 2:
         return linear_(input, weight, bias)
     if weight.ndim != 2 or not input.ndim:
         raise ShapeError(

@@ -206,6 +206,8 @@ nll_masked = Reduced("nll_loss", _nll_term, _masked, "−x[label], x a row of lo
 
 
 def _check_labels(name: str, input: Any, target: Any) -> None:
+    if input._data.shape[:1] == target._data.shape and input._data.ndim == 2 and target._data.dtype.kind == "i":
+        return  # the common case; devices are checked by the operation
     if target.dtype.kind not in "iu":
         raise DtypeError(
             f"{name} takes class indices as integers, or probabilities of the shape of its input:\n  input   "
