@@ -27,6 +27,11 @@ WHY_NO_CUDA = _why_no_cuda()
 CUDA_DEVICES = [] if WHY_NO_CUDA else [f"cuda:{index}" for index in range(min(gpuad.cuda.device_count(), 2))]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Fail where an operation ran on another device than its operands': CuPy would switch on peer access, and warn."""
+    config.addinivalue_line("filterwarnings", "error:The device where the array resides")
+
+
 def pytest_report_header() -> str:
     """The devices that the generic tests run on."""
     return "gpuad devices: " + ", ".join(["cpu", *CUDA_DEVICES]) + (f" ({WHY_NO_CUDA})" if WHY_NO_CUDA else "")

@@ -21,6 +21,7 @@ class Formula(Protocol):
 
     ufunc: np.ufunc | None
     promoted: tuple[int, ...]
+    runners: dict[str, Any]
 
     def runner(self, language: str) -> Any:
         """The program or kernel for a language."""
@@ -87,8 +88,7 @@ class Backend:
         keepdims: bool,
         scale: float = 1.0,
     ) -> Any:
-        """scale · the sum over `axes` of a formula's output; arguments may have other dtypes than `dtype`."""
-        arguments = self.cast_operands(formula, arguments, dtype)
+        """scale · the sum over `axes` of a formula's output; numbers are computed in `dtype`, that of the arguments."""
         return formula.runner(self.language).reduce(arguments, dtype, axes, keepdims, scale)
 
     def sum(

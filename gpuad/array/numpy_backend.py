@@ -47,7 +47,8 @@ class NumpyBackend(Backend):
                 return ufunc(*arguments, out=outs[0], casting="unsafe")
             result = ufunc(*arguments)
             return result if type(result) is np.ndarray else np.asarray(result)
-        results = formula.runner("numpy")(arguments, dtype, outs)
+        runner = formula.runners.get("numpy") or formula.runner("numpy")
+        results = runner(arguments, dtype, outs)
         return results[0] if len(results) == 1 else results
 
     def cast_operands(self, formula: Any, arguments: Sequence[Any], dtype: np.dtype) -> Sequence[Any]:
@@ -60,8 +61,7 @@ class NumpyBackend(Backend):
     def sum(
         self, array: np.ndarray, axes: tuple[int, ...], keepdims: bool = False, out: Any = None, scale: float = 1.0
     ) -> np.ndarray:
-        result = host_sum(array, axes, keepdims, out)
-        return result if scale == 1.0 else np.multiply(result, scale, out=result)
+        return host_sum(array, axes, keepdims, out, scale)
 
     def add(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         result = np.add(a, b)
@@ -127,20 +127,28 @@ class NumpyBackend(Backend):
 _SUM_BY_PRODUCT = 16384
 
 
-def host_sum(array: np.ndarray, axes: tuple[int, ...], keepdims: bool = False, out: Any = None) -> np.ndarray:
-    """The sum over axes, in the dtype of the array; float16 is accumulated in float32."""
+def host_sum(
+    array: np.ndarray, axes: tuple[int, ...], keepdims: bool = False, out: Any = None, scale: float = 1.0
+) -> np.ndarray:
+    """scale · the sum over axes, in the dtype of the array; float16 is accumulated in float32."""
     dtype = array.dtype
+    if len(axes) == array.ndim and out is None and not keepdims and 0 < array.size <= _SUM_BY_PRODUCT:
+        if dtype.kind == "f" and dtype.itemsize > 2 and axes and array.flags.c_contiguous:
+            total = np.dot(array.reshape(-1), _ones(array.size, dtype))
+            return np.asarray(total if scale == 1.0 else total * scale)
+    result = _host_sum(array, dtype, axes, keepdims, out)
+    return result if scale == 1.0 else np.multiply(result, scale, out=result)
+
+
+def _host_sum(array: np.ndarray, dtype: np.dtype, axes: tuple[int, ...], keepdims: bool, out: Any) -> np.ndarray:
     if dtype == np.float16:
         wide = np.asarray(np.add.reduce(array, axes, np.float32, None, keepdims))
         if out is None:
             return wide.astype(np.float16)
         np.copyto(out, wide, casting="same_kind")
         return out
-    if not keepdims and 0 < array.size <= _SUM_BY_PRODUCT and dtype.kind == "f":
-        if len(axes) == array.ndim and out is None and axes and array.flags.c_contiguous:
-            return np.asarray(np.dot(array.reshape(-1), _ones(array.size, dtype)))
-        if axes == (0,) and array.ndim == 2:
-            return np.dot(_ones(array.shape[0], dtype), array, out=out)
+    if axes == (0,) and array.ndim == 2 and not keepdims and 0 < array.size <= _SUM_BY_PRODUCT and dtype.kind == "f":
+        return np.dot(_ones(array.shape[0], dtype), array, out=out)
     result = np.add.reduce(array, axes, dtype, out, keepdims)
     return result if type(result) is np.ndarray else np.asarray(result)
 

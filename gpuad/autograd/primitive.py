@@ -48,14 +48,16 @@ class _Plan:
     """What a backward pass for some wanted inputs needs: prepared once.
 
     inputs, output: what is saved, called `names` by the rules. metadata: (name, input, attribute) for shapes and dtypes.
-    rules: (input, rule) for each wanted input that has one.
+    run: (g, saved, known, parents, walk) -> a list with the gradient of each wanted input, None for the others.
     """
 
-    __slots__ = ("inputs", "output", "names", "metadata", "rules")
+    __slots__ = ("inputs", "output", "names", "metadata", "run")
+
+    run: Callable[..., list[Any]]
 
     def __init__(self, op: Primitive, wanted: tuple[int, ...]) -> None:
-        self.rules = [(i, op.rules[op.names[i]]) for i in wanted if op.names[i] in op.rules]
-        asked = {name for _, rule in self.rules for name in rule.names}
+        rules = [(i, op.rules[op.names[i]]) for i in wanted if op.names[i] in op.rules]
+        asked = {name for _, rule in rules for name in rule.names}
         self.inputs = tuple(i for i, n in enumerate(op.names) if n in asked)
         self.output = "out" in asked
         self.names = [op.names[i] for i in self.inputs] + ["out"] * self.output
@@ -65,6 +67,31 @@ class _Plan:
             for attribute in ("shape", "dtype")
             if f"{n}_{attribute}" in asked
         ]
+        if not op.variadic:
+            self.run = self._write(op, rules)
+
+    def _write(self, op: Primitive, rules: Sequence[tuple[int, _Rule]]) -> Callable[..., list[Any]]:
+        """The rules of the wanted inputs as one straight-line function: no look-ups by name in the walk."""
+        namespace: dict[str, Any] = {"WRITTEN": WRITTEN, "Tensor": Tensor}
+        lines = ["def run(g, saved, known, parents, walk):"]
+        results = ["None"] * len(op.names)
+        for i, rule in rules:
+            namespace[f"rule{i}"] = rule.function
+            arguments = []
+            for name in rule.names:
+                if name in self.names:
+                    arguments.append(f"saved[{self.names.index(name)}]")
+                else:
+                    arguments.append({"g": "g", "into": f"into{i}"}.get(name, f"known[{name!r}]"))
+            if rule.into:
+                lines.append(f"into{i} = walk.into(parents[{i}]) if isinstance(parents[{i}], Tensor) else None")
+            lines.append(f"r{i} = rule{i}({', '.join(arguments)})")
+            if rule.into:
+                lines.append(f"if into{i} is not None: r{i} = WRITTEN")
+            results[i] = f"r{i}"
+        lines.append(f"return [{', '.join(results)}]")
+        exec(compile("\n    ".join(lines), f"<gradient of {op.name}>", "exec"), namespace)
+        return namespace["run"]
 
 
 # What a bare array is not: quicker to ask than what it is, as CuPy may not be there.
@@ -155,8 +182,8 @@ class Primitive(Op):
             out = outs[0]
         else:
             outs = out = wrap(data, device)  # type: ignore[assignment]
-        if self.view:
-            out._cell = inputs[0]._cell
+            if self.view:
+                out._cell = inputs[0]._cell
         if wanted and state.enabled and self.rules and out._data.dtype.kind == "f":
             self._record(inputs, arrays, out, wanted, params)
         return outs
@@ -199,33 +226,24 @@ class Primitive(Op):
 
     def backward(self, node: Node, gradient: Any, walk: Any) -> list[Any]:
         plan, known = node.info
-        return self._apply(node, plan, {"g": gradient, **known, **dict(zip(plan.names, node.check()))}, walk)
-
-    def _apply(self, node: Node, plan: _Plan, values: dict[str, Any], walk: Any) -> list[Any]:
         if self.variadic:
-            rule = self.rules["inputs"]
-            return list(rule.function(*[values[n] for n in rule.names]))
-        results: list[Any] = [None] * len(node.parents)
-        for i, rule in plan.rules:
-            if rule.into:
-                leaf = node.parents[i]
-                target = values["into"] = walk.into(leaf) if isinstance(leaf, Tensor) else None
-                results[i] = rule.function(*[values[n] for n in rule.names])
-                if target is not None:
-                    assert results[i] is target[0], f"the rule of {self.name} for {self.names[i]} ignored `into`"
-                    results[i] = WRITTEN
-            else:
-                results[i] = rule.function(*[values[n] for n in rule.names])
-        return results
+            return self._run_variadic(gradient, known)
+        return plan.run(gradient, node.check(), known, node.parents, walk)
 
     def backward_recorded(self, node: Node, gradient: Any, walk: Any) -> list[Any]:
         plan, known = node.info
+        if self.variadic:
+            return self._run_variadic(gradient, known)
         arrays = node.check()
         saved = [node.saved_tensor(a, node.parents[i]) for a, i in zip(arrays, plan.inputs, strict=False)]
         if plan.output:
             saved.append(node.saved_tensor(arrays[-1], node))
-        values = {"g": gradient, **known, **dict(zip(plan.names, saved, strict=True))}
-        return self._apply(node, plan, values, walk)
+        return plan.run(gradient, saved, known, node.parents, walk)
+
+    def _run_variadic(self, gradient: Any, known: dict[str, Any]) -> list[Any]:
+        rule = self.rules["inputs"]
+        values = {"g": gradient, **known}
+        return list(rule.function(*[values[n] for n in rule.names]))
 
     # Forward mode -----------------------------------------------------------------------------------------------------
 

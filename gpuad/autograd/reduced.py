@@ -46,37 +46,57 @@ class Reduced(Elementwise):
         levels = [self.term.levels[0], *self.term.levels[len(self.term.outputs) - len(kept) :]]
         scaled = Formula(name, [*self.term.inputs, scale], [first, *kept], levels)
         super().__init__(name, scaled, samples, doc, hidden=len(kept))
+        self._promoted = frozenset(self.term.promoted)
         self.first_element = next((i for i, v in enumerate(self.term.inputs) if v.level == "element"), 0)
 
     def __call__(self, *inputs: Any, mean: bool = True) -> Any:
-        for x in inputs:
-            if not isinstance(x, (Tensor, *NUMBERS)):
-                inputs = tuple([as_operand(self.name, x) for x in inputs])
-                break
+        device = shape = dtype = None
+        arrays: list[Any] = []
+        wanted: tuple[int, ...] = ()
+        alike = True  # whether all tensors have one device, and the numbers among them one shape and floating dtype
+        for i, x in enumerate(inputs):
+            if isinstance(x, Tensor):
+                data = x._data
+                arrays.append(data)
+                if device is None:
+                    device, shape, dtype = x._device, data.shape, data.dtype
+                elif x._device is not device:
+                    alike = False
+                elif i in self._promoted and (data.shape != shape or data.dtype is not dtype):
+                    alike = False
+                if x._requires_grad:
+                    wanted = (*wanted, i)
+            else:
+                arrays.append(x)
+                alike = alike and isinstance(x, NUMBERS)
         if Interpreters.active:
+            inputs = tuple([as_operand(self.name, x) for x in inputs])
             result = Interpreters.apply(self, inputs, {"mean": mean})
             if result is not NotImplemented:
                 return result
-        device = check_devices(self.name, inputs, self.names)
-        backend = device.backend
         term = self.term
-        arrays = [x._data if isinstance(x, Tensor) else x for x in inputs]
-        dtype = promoted_dtype([arrays[i] for i in term.promoted], term.needs_float)
         layout = results = None
+        if not alike or dtype.kind != "f":
+            inputs = tuple([as_operand(self.name, x) for x in inputs])
+            device = check_devices(self.name, inputs, self.names)
+            arrays = [x._data if isinstance(x, Tensor) else x for x in inputs]
+            dtype = promoted_dtype([arrays[i] for i in term.promoted], term.needs_float)
+            if not term.is_row:
+                shape, layout = self._shapes(inputs, dtype)
+        backend = device.backend
         if term.is_row:
-            shape: tuple[int, ...] = arrays[self.first_element].shape[:1]
-            results = backend.elementwise_mixed(term, arrays, dtype)
+            shape = arrays[self.first_element].shape[:1]
+            results = (backend.elementwise if alike else backend.elementwise_mixed)(term, arrays, dtype)
             results = results if len(term.outputs) > 1 else [results]
             out, scale = self._total(backend, results, mean, shape[0])
         else:
-            shape, layout = self._shapes(inputs, dtype)
             scale = _scale(mean, math.prod(shape))
+            if layout is not None:
+                arrays = backend.cast_operands(term, arrays, dtype)
             out = backend.reduce(term, arrays, dtype, tuple(range(len(shape))), False, scale)
         made = wrap(out, device)
-        if state.enabled:
-            wanted = tuple([i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x._requires_grad])
-            if wanted:
-                self._record_sum(inputs, arrays, results, wanted, scale, layout, shape, made)
+        if wanted and state.enabled:
+            self._record_sum(inputs, arrays, results, wanted, scale, layout, shape, made)
         return made
 
     def _shapes(self, inputs: Sequence[Any], dtype: np.dtype) -> tuple[tuple[int, ...], Any]:

@@ -133,28 +133,33 @@ class Walk:
 
     def finish_leaves(self) -> None:
         """Hand each leaf its gradient."""
-        sole = {} if self.recorded else _sole(self.gradients)
-        for leaf, gradient in self.gradients.items():
-            if leaf._hooks is not None:
-                gradient = self._run_hooks(leaf._hooks.values(), gradient, leaf)
-            before = leaf._grad
-            if self.recorded:
-                leaf._grad = gradient if before is None else before + gradient
-            elif before is not None:
-                if before._requires_grad:
-                    leaf._grad = wrap(leaf._device.backend.add(before._data, gradient), leaf._device)
-                else:
-                    leaf._device.backend.add_into(before._data, gradient)
-                    before._cell[0] += 1
-            else:
-                leaf._grad_buffer = None
-                leaf._grad = wrap(gradient if sole[leaf] else _own_copy(leaf, gradient), leaf._device)
+        if self.gradients:
+            sole = {} if self.recorded else _sole(self.gradients)
+            for leaf, gradient in self.gradients.items():
+                self._finish_leaf(leaf, gradient, sole.get(leaf, False))
         leaves = [*self.direct, *self.gradients]
         self.gradients.clear()
         for leaf in leaves:
             if leaf._post_hooks is not None:
                 for hook in list(leaf._post_hooks.values()):
                     hook(leaf)
+
+    def _finish_leaf(self, leaf: Tensor, gradient: Any, sole: bool) -> None:
+        if leaf._hooks is not None:
+            gradient = self._run_hooks(leaf._hooks.values(), gradient, leaf)
+            sole = False
+        before = leaf._grad
+        backend = leaf._device.backend
+        if self.recorded:
+            leaf._grad = gradient if before is None else before + gradient
+        elif before is None:
+            leaf._grad_buffer = None
+            leaf._grad = wrap(gradient if sole else backend.copy(gradient), leaf._device)
+        elif before._requires_grad:
+            leaf._grad = wrap(backend.add(before._data, gradient), leaf._device)
+        else:
+            backend.add_into(before._data, gradient)
+            before._cell[0] += 1
 
 
 def _holders(gradients: dict[Any, Any]) -> dict[Any, int]:
@@ -171,10 +176,6 @@ def _sole(gradients: dict[Any, Any]) -> dict[Any, bool]:
         place: count == _SOLE and gradients[place].base is None and gradients[place].flags.c_contiguous
         for place, count in _holders(gradients).items()
     }
-
-
-def _own_copy(target: Tensor, gradient: Any) -> Any:
-    return target._device.backend.copy(gradient)
 
 
 def _fits(buffer: Tensor, leaf: Tensor) -> bool:
@@ -255,13 +256,12 @@ def backward(
                 leaf._grad = gradient if leaf._grad is None else leaf._grad + gradient
         return
     walk = Walk(create_graph, create_graph if retain_graph is None else retain_graph, True)
-    seeds = [_seed(root, weight, create_graph) for root, weight in zip(roots, weights, strict=True)]
+    seeds = [(_place(root), _seed(root, weight, create_graph)) for root, weight in zip(roots, weights)]
     enabled = state.enabled
     state.enabled = create_graph
     try:
-        for root, seed in zip(roots, seeds, strict=True):
-            walk.contribute(_place(root), seed)
-        seeds.clear()
+        while seeds:  # taken out one by one: what the walk adds to, nobody else may hold
+            walk.contribute(*seeds.pop(0))
         walk.run()
         walk.finish_leaves()
     finally:
@@ -331,7 +331,7 @@ def grad(
             place = _place(target)
             shared = not sole[place] or place in handed
             handed.add(place)
-            gradient = wrap(_own_copy(target, gradient) if shared else gradient, target._device)
+            gradient = wrap(_backend(target).copy(gradient) if shared else gradient, target._device)
         results.append(gradient)
     return tuple(results)
 

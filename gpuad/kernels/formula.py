@@ -41,7 +41,7 @@ class Formula:
         self.name = name
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
-        self._runners: dict[str, Any] = {}
+        self.runners: dict[str, Any] = {}
         self._vjp: dict[tuple, Derivative] = {}
         self._jvp: dict[tuple[int, ...], Derivative] = {}
         self.needs_float = any(
@@ -67,9 +67,9 @@ class Formula:
 
     def runner(self, language: str) -> Any:
         """What runs this formula where a backend speaks `language`: "numpy" or "cuda"."""
-        found = self._runners.get(language)
+        found = self.runners.get(language)
         if found is None:
-            found = self._runners[language] = _RUNNERS[language, self.is_row](self)
+            found = self.runners[language] = _RUNNERS[language, self.is_row](self)
         return found
 
     def of(self, outputs: Sequence[Expr], levels: Sequence[str] | None = None, name: str = "") -> Formula | None:

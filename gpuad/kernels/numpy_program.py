@@ -372,6 +372,8 @@ class NumpyProgram:
                         arguments[i] = arguments[i].item() if shape else arguments[i].reshape(1)
                 results = program(*arguments, dtype)
                 if len(self.outputs) == 1:
+                    if type(results) is np.ndarray and results.shape == shape and not self.copies[0]:
+                        return [results]
                     results = (results,)
                 return [self._finish(r, i, arguments, shape, dtype) for i, r in enumerate(results)]
         scalars, shape, size, _ = _survey(arguments)
@@ -464,8 +466,11 @@ class NumpyProgram:
                 if not keepdims:
                     total = total.reshape([n for i, n in enumerate(shape) if i not in axes])
                 return total if scale == 1.0 else np.multiply(total, scale, out=total)
-        total = host_sum(self(arguments, dtype)[0], axes, keepdims)
-        return total if scale == 1.0 else np.multiply(total, scale, out=total)
+        elif not call[2]:
+            term = call[0](*arguments, dtype)
+            if type(term) is np.ndarray and term.shape == call[1]:
+                return host_sum(term, axes, keepdims, None, scale)
+        return host_sum(self(arguments, dtype)[0], axes, keepdims, None, scale)
 
     def _reduce_in_blocks(
         self, arguments: Sequence[Any], dtype: np.dtype, axes: tuple[int, ...], scalars: frozenset[int], shape: tuple

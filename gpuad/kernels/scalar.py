@@ -45,7 +45,8 @@ mul = _declare("mul", np.multiply, "({0} * {1})", lambda a, b, y: b, lambda a, b
 div = _declare("div", np.divide, "({0} / {1})", lambda a, b, y: 1 / b, lambda a, b, y: -y / b, result="float")
 neg = _declare("neg", np.negative, "(-{0})", lambda a, y: constant(-1))
 abs = _declare("abs", np.absolute, "({0} < {T}(0) ? -{0} : {0})", lambda a, y: sign(a))
-sign = _declare("sign", np.sign, "({T}({0} > {T}(0)) - {T}({0} < {T}(0)))", None)
+sign = _declare("sign", None, "({T}({0} > {T}(0)) - {T}({0} < {T}(0)))", None,
+                lowered=lambda a: where(a > 0, 1, where(a < 0, -1, 0)))  # fmt: skip
 floor_divide = _declare("floor_divide", np.floor_divide, "gpuad_floor_divide({0}, {1})", None, None)
 remainder = _declare("remainder", np.remainder, "gpuad_remainder({0}, {1})",
                      lambda a, b, y: constant(1), lambda a, b, y: -floor_divide(a, b))  # fmt: skip

@@ -89,7 +89,7 @@ def pow(input: Any, exponent: Any) -> Any:
     if isinstance(exponent, (int, float)) and not isinstance(exponent, bool):
         integer = isinstance(input, Tensor) and input._data.dtype.kind != "f"
         special = _EXPONENTS.get(exponent)
-        if special is not None and not (integer and (exponent < 0 or exponent != int(exponent))):
+        if special is not None and not (integer and (exponent < 0 or isinstance(exponent, float))):
             return special(input)
         if integer and isinstance(exponent, int) and exponent < 0:
             raise ValueError(
@@ -118,6 +118,8 @@ def div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
     if rounding_mode == "floor":
         return floor_divide(input, other)
     if rounding_mode == "trunc":
+        if all(x.dtype.kind in "biu" if isinstance(x, Tensor) else isinstance(x, int) for x in (input, other)):
+            return floor_divide(sub_(input, fmod(input, other)), other)
         return div_(input, other).trunc()
     raise ValueError(f"rounding_mode is None, 'floor' or 'trunc', got {rounding_mode!r}.")
 

@@ -330,7 +330,8 @@ def argsort(input: Any, dim: int = -1, descending: bool = False, stable: bool = 
     if not data.ndim:
         return wrap(xp.zeros((), np.int64), input._device)
     if descending:
-        found = xp.flip(data.shape[at] - 1 - xp.argsort(xp.flip(data, at), axis=at, kind="stable"), at)
+        order = xp.argsort(xp.flip(data, at), axis=at, kind="stable")
+        found = xp.flip(xp.subtract(data.shape[at] - 1, order), at)
     else:
         found = xp.argsort(data, axis=at, kind="stable")
     return wrap(input._device.backend.cast(found, np.dtype(np.int64)), input._device)

@@ -36,7 +36,7 @@ def _is_mean(reduction: str) -> bool:
 
 
 def _check_shapes(name: str, input: Any, target: Any, broadcast: bool = True) -> None:
-    if tuple(input.shape) == tuple(target.shape):
+    if input._data.shape == target._data.shape:
         return
     if broadcast:
         import warnings
