@@ -76,7 +76,9 @@ def value_and_grad(function: Callable, argnums: int | tuple[int, ...] = 0, has_a
             result = function(*inputs, **kwargs)
         value, aux = result if has_aux else (result, None)
         if not isinstance(value, Tensor) or value.numel() != 1:
-            raise AutogradError(f"grad() needs a function that returns one number, got {value!r}; reduce it, e.g. y.sum().")
+            raise AutogradError(
+                f"grad() needs a function that returns one number, got {value!r}; reduce it, e.g. y.sum()."
+            )
         variables = [inputs[i] for i in numbers]
         found = _gradients(value, variables, None, True, True, materialize_grads=True)
         found = tuple(_settled(g, variables) for g in found)

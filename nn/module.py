@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import gpuad
-from gpuad.autograd.zero_grad import zero_grad
 from gpuad import Tensor
+from gpuad.autograd.zero_grad import zero_grad
 
 from .hooks import RemovableHandle
 from .members import BUFFER, MODULE, PARAMETER, Members

@@ -22,7 +22,8 @@ from typing import Any
 import gpuad
 from gpuad import Tensor
 from gpuad.autograd.zero_grad import zero_grad
-from gpuad.update import Updater, UpdateRule
+from gpuad.kernels.update import UpdateRule
+from gpuad.update import Updater
 
 
 class Optimizer:

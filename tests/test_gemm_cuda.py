@@ -122,10 +122,11 @@ BATCHES = [  # shapes of a and b, views of them, library calls, kernels
     ((7, 5, 3), (7, 3, 4), lambda x: x[1::2], 1, 0),
     ((7, 5, 6), (7, 3, 8), lambda x: x[..., ::2], 1, 2),
 ]
+BATCH_IDS = [f"{i}-{'x'.join(map(str, a))}-{'x'.join(map(str, b))}" for i, (a, b, *_) in enumerate(BATCHES)]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("a_shape, b_shape, view, calls, kernels", BATCHES, ids=str)
+@pytest.mark.parametrize("a_shape, b_shape, view, calls, kernels", BATCHES, ids=BATCH_IDS)
 def test_batches(cudasim, dtype, a_shape, b_shape, view, calls, kernels):
     view = view or (lambda x: x)
     a, b = array(*a_shape, dtype=dtype), array(*b_shape, dtype=dtype, seed=1)

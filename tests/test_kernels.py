@@ -63,7 +63,9 @@ def test_equal_expressions_are_one_object():
 @pytest.mark.parametrize(
     "built, expected",
     [
-        (x + 0, x), (0 + x, x), (x - 0, x), (0 - x, -x), (x * 1, x), (1 * x, x), (x * -1, -x), (-(-x), x), (x / 1, x),
+        (x + 0, x), (0 + x, x), (x - 0, x), (0 - x, -x), (x * 1, x), (1 * x, x), (x * -1, -x),
+        (-(-x), x),  # noqa: B002 (meant)
+        (x / 1, x),
         (x + x, 2 * x), (2 * x + x, 3 * x), (x + 2 * x, 3 * x), (2 * (3 * x), 6 * x), ((2 * x) * y, 2 * (x * y)),
         (x - (-y), x + y), (x + (-y), x - y), ((-x) + y, y - x), (-(x - y), y - x), ((-x) * (-y), x * y),
         ((-x) * y, -(x * y)), (x * (1 / y), x / y), (x / 4, x * 0.25), ((-x) / y, -(x / y)), (x / (-y), -(x / y)),
@@ -91,7 +93,7 @@ def test_text_of_an_expression():
     assert str(where(x > 0, x, 0.5)) == "where((x > 0), x, 0.5)"
 
 
-# Random programs: the formula against the same instructions on arrays --------------------------------------------------
+# Random programs: the formula against the same instructions on arrays -------------------------------------------------
 
 CONSTANTS = [0, 1, -1, 2, -2, 0.5, 3.0, -0.25, 10, 1e-4, 4, 1e4]
 UNARY = ["neg", "abs", "square", "exp", "tanh", "sqrt", "log1p", "relu", "sigmoid", "sin", "sign"]
@@ -105,7 +107,8 @@ ON_ARRAYS = {
 }  # fmt: skip
 ON_EXPRESSIONS = {
     **{n: FUNCTIONS[n] for n in ON_ARRAYS if n in FUNCTIONS}, "square": scalar.square,
-    "sqrt": lambda a: sqrt(abs(a)), "log1p": lambda a: log1p(abs(a)), "where": lambda a, b: where(as_expr(a) > b, a, -as_expr(b)),
+    "sqrt": lambda a: sqrt(abs(a)), "log1p": lambda a: log1p(abs(a)),
+    "where": lambda a, b: where(as_expr(a) > b, a, -as_expr(b)),
 }  # fmt: skip
 
 
@@ -261,7 +264,8 @@ CLOSED = {
     "sinh": (scalar.sinh, np.cosh, np.sinh), "cosh": (scalar.cosh, np.sinh, np.cosh),
     "tanh": (tanh, lambda a: 1 - np.tanh(a) ** 2, lambda a: -2 * np.tanh(a) * (1 - np.tanh(a) ** 2)),
     "asinh": (scalar.asinh, lambda a: (1 + a * a) ** -0.5, lambda a: -a * (1 + a * a) ** -1.5),
-    "acosh": (lambda a: scalar.acosh(a + 1), lambda a: (a * (a + 2)) ** -0.5, lambda a: -(a + 1) * (a * (a + 2)) ** -1.5),
+    "acosh": (lambda a: scalar.acosh(a + 1), lambda a: (a * (a + 2)) ** -0.5,
+              lambda a: -(a + 1) * (a * (a + 2)) ** -1.5),
     "atanh": (scalar.atanh, lambda a: 1 / (1 - a * a), lambda a: 2 * a / (1 - a * a) ** 2),
     "sigmoid": (scalar.sigmoid, lambda a: scipy.special.expit(a) * scipy.special.expit(-a), None),
     "erf": (erf, lambda a: 2 / np.sqrt(np.pi) * np.exp(-a * a), lambda a: -4 * a / np.sqrt(np.pi) * np.exp(-a * a)),
@@ -373,7 +377,8 @@ SPECIAL = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, -1.0])
         (lambda a, b: scalar.remainder(a, b), np.remainder), (lambda a, b: scalar.floor_divide(a, b), np.floor_divide),
         (lambda a, b: clamp(a, -0.5, 0.5) + b, lambda a, b: np.clip(a, -0.5, 0.5) + b),
         (lambda a, b: scalar.relu(a) - b, lambda a, b: np.maximum(a, 0) - b),
-        (lambda a, b: abs(a) * -b, lambda a, b: np.abs(a) * -b), (lambda a, b: sqrt(a) + b, lambda a, b: np.sqrt(a) + b),
+        (lambda a, b: abs(a) * -b, lambda a, b: np.abs(a) * -b),
+        (lambda a, b: sqrt(a) + b, lambda a, b: np.sqrt(a) + b),
         (lambda a, b: where(a > 0, math.inf, 0.0) + 0 * b, lambda a, b: np.where(a > 0, np.inf, 0.0) + 0 * b),
         (lambda a, b: where(a > 0, -1.0, 0.0) / abs(b), lambda a, b: np.where(a > 0, -1.0, 0.0) / np.abs(b)),
         (lambda a, b: 1 / where(a > 0, b, -0.0), lambda a, b: 1 / np.where(a > 0, b, -0.0)),
@@ -503,8 +508,11 @@ def test_set_num_threads():
     assert gpuad.get_num_threads() == before
 
 
-@pytest.mark.parametrize("shape, axes", [((200, 100), (0, 1)), ((200, 100), (0,)), ((200, 100), (1,)), ((3, 5000, 2), (1,)),
-                                         ((40, 30, 20), (0, 2)), ((20_000,), (0,)), ((0, 5), (0,)), ((), ())])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape, axes",
+    [((200, 100), (0, 1)), ((200, 100), (0,)), ((200, 100), (1,)), ((3, 5000, 2), (1,)), ((40, 30, 20), (0, 2)),
+     ((20_000,), (0,)), ((0, 5), (0,)), ((), ())],
+)  # fmt: skip
 @pytest.mark.parametrize("keepdims", [False, True])
 def test_formula_with_a_sum_behind_it(shape, axes, keepdims, monkeypatch):
     monkeypatch.setattr(numpy_program, "BLOCK", 500)
@@ -533,13 +541,14 @@ def test_long_sums_are_accurate():
         (lambda a, b: (a + b) * a, [0]), (lambda a, b: (a + b) * a, [1]), (lambda a, b: (a + b, a - b), [0, 1]),
         (lambda a, b: (a + b, a - b), [1, 0]), (lambda a, b: (b, a), [0, 1]), (lambda a, b: (a * 2, a), [0, 1]),
         (lambda a, b: (b, b * a), [0, 1]), (lambda a, b: (exp(a), sin(a) + exp(a) * b), [0, None]),
-        (lambda a, b: (where(a > b, a, b), where(a > b, b, a)), [0, 1]), (lambda a, b: (a - 0.1 * b, 0.9 * b + a), [0, 1]),
+        (lambda a, b: (where(a > b, a, b), where(a > b, b, a)), [0, 1]),
+        (lambda a, b: (a - 0.1 * b, 0.9 * b + a), [0, 1]),
         (lambda a, b: (a, a * b), [1, 0]), (lambda a, b: (tanh(a * b), tanh(a * b)), [0, 1]),
         (lambda a, b: (2.0, a), [0, 1]),
     ],
 )  # fmt: skip
 def test_outputs_may_be_inputs(function, over, size, monkeypatch):
-    """Updates in place give what they would give out of place, also where an input is overwritten that is still read."""
+    """Updates in place give what they would give out of place, also where an overwritten input is still read."""
     monkeypatch.setattr(numpy_program, "BLOCK", 64)
     rng = np.random.default_rng(5)
     a, b = rng.standard_normal((2, size))
@@ -623,12 +632,14 @@ def capturing(a):
 @pytest.mark.parametrize(
     "function, text",
     [
-        (value_dependent_if, r"`if`.*cannot look at the value of x > 0|cannot look at the value of a > 0.*gpuad\.where"),
+        (value_dependent_if,
+         r"`if`.*cannot look at the value of x > 0|cannot look at the value of a > 0.*gpuad\.where"),
         (lambda a, b: a if a > b else b, r"where\(condition, a, b\)"), (lambda a: a > 0 and a < 1, "&, |, ~"),
         (lambda a: not a, "where"), (lambda a, b: max(a, b), r"gpuad\.maximum"), (lambda a: 0 < a < 1, "&"),
         (lambda a: sum(range(a)), r"no value yet.*range\(\)"), (lambda a: math.exp(a), r"math\.\*.*gpuad\.exp"),
         (lambda a: float(a), r"float\(\)"), (lambda a: [1, 2][a], "int"), (lambda a: len(a), r"len\(\)"),
-        (lambda a: a[0], r"not elementwise.*Index the tensors before"), (lambda a: a.sum(), r"\.sum is not elementwise"),
+        (lambda a: a[0], r"not elementwise.*Index the tensors before"),
+        (lambda a: a.sum(), r"\.sum is not elementwise"),
         (lambda a: a.mean() + a, r"\.mean is not elementwise"), (lambda a: list(a), "no value yet"),
         (lambda a: None, "returns None"), (lambda a: (), "returns nothing"), (lambda *a: a[0], r"\*a"),
         (lambda **a: 1, r"\*a"), (capturing, "Tensor from outside"), (lambda a: a + np.ones(3), "argument"),

@@ -442,7 +442,7 @@ def test_one_input_at_a_time(op, device):
 
 @pytest.mark.parametrize("op", EVERYTHING, ids=ident)
 def test_second_derivatives_agree(op, device):
-    """D²f[v, w] weighted by u: reverse over reverse, forward over reverse, reverse over forward, forward over forward."""
+    """D²f[v, w] weighted by u: each of reverse and forward over each of reverse and forward."""
     step = 1e-6
     for case in cases(op, device):
         if not differentiable(case) or op.name in NOT_SMOOTH:

@@ -6,7 +6,6 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
 from numpy import ndarray
 
 from gpuad.errors import DeviceError

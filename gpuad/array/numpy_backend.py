@@ -126,30 +126,41 @@ class NumpyBackend(Backend):
 # half of the time of add.reduce (measured). Beyond, add.reduce's summation in pairs rounds less.
 _SUM_BY_PRODUCT = 16384
 
+# Called with keepdims by position, which NumPy's stubs do not know.
+add_reduce: Any = np.add.reduce
+
 
 def host_sum(
     array: np.ndarray, axes: tuple[int, ...], keepdims: bool = False, out: Any = None, scale: float = 1.0
 ) -> np.ndarray:
     """scale · the sum over axes, in the dtype of the array; float16 is accumulated in float32."""
     dtype = array.dtype
-    if len(axes) == array.ndim and out is None and not keepdims and 0 < array.size <= _SUM_BY_PRODUCT:
-        if dtype.kind == "f" and dtype.itemsize > 2 and axes and array.flags.c_contiguous:
-            total = np.dot(array.reshape(-1), _ones(array.size, dtype))
-            return np.asarray(total if scale == 1.0 else total * scale)
+    if (
+        len(axes) == array.ndim
+        and out is None
+        and not keepdims
+        and 0 < array.size <= _SUM_BY_PRODUCT
+        and dtype.kind == "f"
+        and dtype.itemsize > 2
+        and axes
+        and array.flags.c_contiguous
+    ):
+        total = np.dot(array.reshape(-1), _ones(array.size, dtype))
+        return np.asarray(total if scale == 1.0 else total * scale)
     result = _host_sum(array, dtype, axes, keepdims, out)
     return result if scale == 1.0 else np.multiply(result, scale, out=result)
 
 
 def _host_sum(array: np.ndarray, dtype: np.dtype, axes: tuple[int, ...], keepdims: bool, out: Any) -> np.ndarray:
     if dtype == np.float16:
-        wide = np.asarray(np.add.reduce(array, axes, np.float32, None, keepdims))
+        wide = np.asarray(add_reduce(array, axes, np.float32, None, keepdims))
         if out is None:
             return wide.astype(np.float16)
         np.copyto(out, wide, casting="same_kind")
         return out
     if axes == (0,) and array.ndim == 2 and not keepdims and 0 < array.size <= _SUM_BY_PRODUCT and dtype.kind == "f":
         return np.dot(_ones(array.shape[0], dtype), array, out=out)
-    result = np.add.reduce(array, axes, dtype, out, keepdims)
+    result = add_reduce(array, axes, dtype, out, keepdims)
     return result if type(result) is np.ndarray else np.asarray(result)
 
 

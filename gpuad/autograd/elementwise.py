@@ -54,7 +54,8 @@ class _Plan:
         levels = {i: op.formula.inputs[i].level for i in wanted}
         self.formula = full.of([results[i] for i in self.computed], [levels[i] for i in self.computed])
         # One formula for each gradient that is summed: a sum behind a formula is one launch.
-        self.single = {} if op.formula.is_row else {i: full.of([results[i]], name=f"{full.name}_{i}") for i in wanted}
+        alone = () if op.formula.is_row else wanted
+        self.single: dict[int, Any] = {i: full.of([results[i]], name=f"{full.name}_{i}") for i in alone}
         # What is recorded has hidden outputs written out, as the functions of the inputs that they are.
         self._recorded = derivative.recorded.of([
             r for i, r in zip(wanted, derivative.recorded.outputs, strict=True) if i in self.computed
@@ -143,7 +144,8 @@ class Elementwise(Op):
         if named or len(inputs) != self.arity:
             # PyTorch's activations take `inplace` as their last parameter.
             if len(inputs) == self.arity + 1 and isinstance(inputs[-1], bool):
-                *inputs, named["inplace"] = inputs
+                named["inplace"] = inputs[-1]
+                inputs = inputs[:-1]
             if named.pop("inplace", False):
                 return self.in_place(*inputs, **named)
             inputs = self._bind(inputs, named)
@@ -159,7 +161,8 @@ class Elementwise(Op):
         cell = out._cell = [0]
         if x._requires_grad and state.enabled and self.differentiable:
             plan = self._plans.get(_FIRST) or self.plan(_FIRST)
-            saved = cells = ()
+            saved: tuple[Any, ...] = ()
+            cells: tuple[list[int], ...] = ()
             version = 0
             if plan.inputs:
                 saved = tuple([arguments[i] for i in plan.inputs])
@@ -187,7 +190,8 @@ class Elementwise(Op):
         if (x._requires_grad or y._requires_grad) and state.enabled and self.differentiable:
             wanted = _BOTH if x._requires_grad and y._requires_grad else _FIRST if x._requires_grad else _SECOND
             plan = self._plans.get(wanted) or self.plan(wanted)
-            saved = cells = ()
+            saved: tuple[Any, ...] = ()
+            cells: tuple[list[int], ...] = ()
             version = 0
             if plan.inputs:
                 arguments, owners = (a, b), (x._cell, y._cell)
@@ -297,13 +301,17 @@ class Elementwise(Op):
         for i in wanted:
             x = inputs[i]
             parents[i] = x if x._node is None else x._node
-        layout = tuple(
+        layout: Any = tuple(
             [(x._data.shape, x._data.dtype) if isinstance(x, Tensor) and i in wanted else None
              for i, x in enumerate(inputs)]
         )  # fmt: skip
         shape = outs[0]._data.shape
-        if self.formula.is_row or all([e is None or e == (shape, dtype) for e in layout]) and all(
-            [not isinstance(arrays[i], device.backend.array_type) or arrays[i].dtype == dtype for i in plan.inputs]
+        if (
+            self.formula.is_row
+            or all([e is None or e == (shape, dtype) for e in layout])
+            and all(
+                [not isinstance(arrays[i], device.backend.array_type) or arrays[i].dtype == dtype for i in plan.inputs]
+            )
         ):
             layout = None
         info = (plan, layout) if not self.several else (plan, layout, [(o._data.shape, o._data.dtype) for o in outs])
@@ -319,7 +327,7 @@ class Elementwise(Op):
 
     def backward(self, node: Node, gradient: Any, walk: Any) -> list[Any]:
         plan, layout = node.info[0], node.info[1]
-        saved = node.check() if plan.formula is not None else node.saved
+        saved: Any = node.check() if plan.formula is not None else node.saved
         backend = node.device.backend
         if layout is None and not self.several:
             if plan.formula is None:
@@ -443,7 +451,7 @@ class Elementwise(Op):
 
     def in_place(self, target: Tensor, *others: Any, **named: Any) -> Tensor:
         """target ← op(target, *others), recorded; the tensor's version grows."""
-        inputs = self._bind((target, *others), named)
+        inputs: Sequence[Any] = self._bind((target, *others), named)
         inputs = [as_operand(self.name, x) for x in inputs]
         if self.several:
             raise FormulaError(f"{self.name} has several outputs; it has no in-place form.")

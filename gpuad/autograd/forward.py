@@ -40,9 +40,7 @@ class Dual(Tensor):
 def make_dual(primal: Tensor, tangent: Tensor, level: int) -> Dual:
     """primal + ε tangent at `level`; shapes, dtypes and devices must be equal."""
     if primal._data.shape != tangent._data.shape:
-        raise ShapeError(
-            f"A tangent has the shape of its primal, {tuple(primal.shape)}; got {tuple(tangent.shape)}."
-        )
+        raise ShapeError(f"A tangent has the shape of its primal, {tuple(primal.shape)}; got {tuple(tangent.shape)}.")
     made = wrap(primal._data, primal._device, Dual)
     made._cell = primal._cell
     made._requires_grad, made._node = primal._requires_grad, primal._node
@@ -147,7 +145,9 @@ def jvp(function: Callable, primals: Sequence[Tensor], tangents: Sequence[Tensor
     not depend on the primals has a tangent of zeros.
     """
     if len(primals) != len(tangents):
-        raise ShapeError(f"jvp takes one tangent for each primal, got {len(primals)} primals, {len(tangents)} tangents.")
+        raise ShapeError(
+            f"jvp takes one tangent for each primal, got {len(primals)} primals, {len(tangents)} tangents."
+        )
     with Level() as level:
         result = function(*[make_dual(p, t, level) for p, t in zip(primals, tangents, strict=True)])
         several = isinstance(result, (tuple, list))
@@ -159,6 +159,6 @@ def jvp(function: Callable, primals: Sequence[Tensor], tangents: Sequence[Tensor
     return (tuple(values), tuple(derivatives)) if several else (values[0], derivatives[0])
 
 
-Interpreters.apply = staticmethod(apply)  # type: ignore[method-assign]
-Interpreters.write = staticmethod(write)  # type: ignore[method-assign]
-Interpreters.grad = staticmethod(gradient)  # type: ignore[attr-defined]
+Interpreters.apply = staticmethod(apply)
+Interpreters.write = staticmethod(write)
+Interpreters.grad = staticmethod(gradient)

@@ -94,8 +94,10 @@ class Function:
         node = Node(_Applied(cls, len(outs)), parents, saved, cells, version, info, device)  # type: ignore[arg-type]
         ctx._to_save = ()
         for i, (out, r) in enumerate(zip(outs, raw, strict=True)):
-            if isinstance(out, Tensor) and out._data.dtype.kind == "f" and not any(
-                r is m for m in ctx._non_differentiable
+            if (
+                isinstance(out, Tensor)
+                and out._data.dtype.kind == "f"
+                and not any(r is m for m in ctx._non_differentiable)
             ):
                 out._node = OutputNode(node, i) if len(outs) > 1 else node
                 out._requires_grad = True
@@ -158,7 +160,7 @@ class _Applied:
         if self.outputs == 1:
             return [wrapped(gradient)]
         backend = node.device.backend
-        filled = []
+        filled: list[Any] = []
         for g, shape in zip(gradient, node.info[2], strict=True):
             if g is None and shape is not None:
                 filled.append(wrap(backend.full(shape[0], 0, shape[1]), node.device))

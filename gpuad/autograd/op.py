@@ -53,9 +53,11 @@ class Interpreters:
     """How many forward-mode levels are open; while none is, no operand can be a dual number."""
 
     active = 0
-    # forward.py puts its rules here: (op, inputs, params) -> result, and (name, target, result) -> target.
+    # forward.py puts its rules here: (op, inputs, params) -> result, (name, target, result) -> target, and
+    # (roots, targets, weights, create_graph) -> gradients.
     apply: Callable[..., Any]
     write: Callable[..., Any]
+    grad: Callable[..., Any]
 
 
 class Op:
@@ -151,7 +153,9 @@ def as_operand(name: str, x: Any) -> Any:
     if isinstance(x, (Tensor, Expr, *NUMBERS)):
         return x
     if isinstance(x, (list, tuple)):
-        raise TypeError(f"{name} takes Tensors and numbers, got a {type(x).__name__}; make it one with gpuad.tensor(…).")
+        raise TypeError(
+            f"{name} takes Tensors and numbers, got a {type(x).__name__}; make it one with gpuad.tensor(…)."
+        )
     if isinstance(x, np.ndarray) or hasattr(x, "__cuda_array_interface__"):
         raise TypeError(
             f"{name} got a bare {type(x).__module__}.{type(x).__name__} beside a Tensor; nothing is copied or moved "
@@ -163,9 +167,7 @@ def as_operand(name: str, x: Any) -> Any:
 def broadcast_error(name: str, inputs: Sequence[Any], names: Sequence[str] | None = None) -> ShapeError:
     """The error of operands whose shapes do not broadcast."""
     labels = operand_names(len(inputs), names)
-    lines = [
-        f"  {label}  {describe(x)}" for label, x in zip(labels, inputs, strict=True) if not isinstance(x, NUMBERS)
-    ]
+    lines = [f"  {label}  {describe(x)}" for label, x in zip(labels, inputs, strict=True) if not isinstance(x, NUMBERS)]
     return ShapeError(
         f"{name} got operands whose shapes do not broadcast:\n" + "\n".join(lines) + "\n"
         "Aligned at the last dimension, lengths must be equal or 1; add dimensions of length 1 with "
@@ -185,7 +187,9 @@ def promoted_dtype(inputs: Sequence[Any], needs_float: bool) -> np.dtype:
     else:
         if found is not None:
             return found
-    dimensioned, zero_d, scalars = [], [], []
+    dimensioned: list[np.dtype] = []
+    zero_d: list[np.dtype] = []
+    scalars: list[Any] = []
     for x in inputs:
         if isinstance(x, NUMBERS):
             scalars.append(x)
@@ -224,9 +228,7 @@ def writable(name: str, target: Tensor) -> Any:
     """The array of a tensor that is about to be written; error where elements share memory."""
     array = target._data
     if array.size and any(s == 0 and n > 1 for s, n in zip(array.strides, array.shape, strict=True)):
-        raise ShapeError(
-            f"{name}_ would write to an expanded tensor, whose elements share memory; clone() it first."
-        )
+        raise ShapeError(f"{name}_ would write to an expanded tensor, whose elements share memory; clone() it first.")
     if not getattr(array.flags, "writeable", True):
         raise ShapeError(f"{name}_ would write to memory that is read-only; clone() the tensor first.")
     return array

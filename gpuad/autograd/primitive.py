@@ -47,8 +47,8 @@ class _Rule:
 class _Plan:
     """What a backward pass for some wanted inputs needs: prepared once.
 
-    inputs, output: what is saved, called `names` by the rules. metadata: (name, input, attribute) for shapes and dtypes.
-    run: (g, saved, known, parents, walk) -> a list with the gradient of each wanted input, None for the others.
+    inputs, output: what is saved, called `names` by the rules. metadata: (name, input, attribute) for shapes and
+    dtypes. run: (g, saved, known, parents, walk) -> a list with the gradient of each wanted input, None for the others.
     """
 
     __slots__ = ("inputs", "output", "names", "metadata", "run")
@@ -277,7 +277,6 @@ class Primitive(Op):
         elif first._data.dtype.kind == "f" and self.rules:
             raise NotImplementedError(f"{self.name} has no forward-mode rule; its jvp is not declared.")
         return (out, [total, *[None] * (self.outputs - 1)]) if self.outputs > 1 else (out, total)
-
 
 
 primitive = Primitive

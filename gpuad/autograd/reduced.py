@@ -50,8 +50,10 @@ class Reduced(Elementwise):
         self.first_element = next((i for i, v in enumerate(self.term.inputs) if v.level == "element"), 0)
 
     def __call__(self, *inputs: Any, mean: bool = True) -> Any:
-        device = shape = dtype = None
-        arrays: list[Any] = []
+        device: Any = None
+        shape: Any = None
+        dtype: Any = None
+        arrays: Any = []
         wanted: tuple[int, ...] = ()
         alike = True  # whether all tensors have one device, and the numbers among them one shape and floating dtype
         for i, x in enumerate(inputs):
@@ -60,9 +62,9 @@ class Reduced(Elementwise):
                 arrays.append(data)
                 if device is None:
                     device, shape, dtype = x._device, data.shape, data.dtype
-                elif x._device is not device:
-                    alike = False
-                elif i in self._promoted and (data.shape != shape or data.dtype is not dtype):
+                elif x._device is not device or (
+                    i in self._promoted and (data.shape != shape or data.dtype is not dtype)
+                ):
                     alike = False
                 if x._requires_grad:
                     wanted = (*wanted, i)
@@ -75,7 +77,8 @@ class Reduced(Elementwise):
             if result is not NotImplemented:
                 return result
         term = self.term
-        layout = results = None
+        layout: Any = None
+        results: Any = None
         if not alike or dtype.kind != "f":
             inputs = tuple([as_operand(self.name, x) for x in inputs])
             device = check_devices(self.name, inputs, self.names)
@@ -154,12 +157,14 @@ class Reduced(Elementwise):
         if op is None:
             full = self.formula.jvp(moving).formula
             count = len(self.formula.outputs)
-            op = Elementwise(f"{self.name}_jvp", full.of(full.outputs[count : count + 1], full.levels[:1]), register=False)
+            tangent: Any = full.of(full.outputs[count : count + 1], full.levels[:1])
+            op = Elementwise(f"{self.name}_jvp", tangent, register=False)
             self._tangent_ops[moving] = op
         scale: Any = 1.0
         if params["mean"]:
             if self.weighted:
-                weights = Elementwise(f"{self.name}_weight", self.term.of(self.term.outputs[1:2], ["row"]), register=False)
+                weight: Any = self.term.of(self.term.outputs[1:2], ["row"])
+                weights = Elementwise(f"{self.name}_weight", weight, register=False)
                 # The weights come from the labels alone, so nothing moves in them.
                 scale = weights(*[x.detach() if isinstance(x, Tensor) else x for x in inputs]).sum()
             else:
@@ -172,4 +177,3 @@ class Reduced(Elementwise):
 
 def _scale(mean: bool, count: int) -> float:
     return 1.0 if not mean else 1.0 / count if count else math.nan
-

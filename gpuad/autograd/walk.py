@@ -95,11 +95,11 @@ class Walk:
 
     def _gather(self, node: OutputNode, gradient: Any) -> None:
         """Put the gradient of one output in its place among those of its operation."""
-        parent = node.parents[0]
+        parent: Any = node.parents[0]
         slots = self.gradients.get(parent)
         if slots is None:
-            slots = self.gradients[parent] = [None] * len(parent.info[2])  # type: ignore[union-attr]
-            heappush(self.heap, (-parent.number, parent))  # type: ignore[union-attr, arg-type]
+            slots = self.gradients[parent] = [None] * len(parent.info[2])
+            heappush(self.heap, (-parent.number, parent))
         slots[node.index] = gradient
 
     def into(self, leaf: Tensor) -> tuple[Any, float] | None:
@@ -295,7 +295,9 @@ def grad(
             return result
     for i, target in enumerate(targets):
         if not target._requires_grad:
-            raise AutogradError(f"grad() cannot go to input {i}: it does not require grad. Call requires_grad_() on it.")
+            raise AutogradError(
+                f"grad() cannot go to input {i}: it does not require grad. Call requires_grad_() on it."
+            )
     places: dict[Any, None] = dict.fromkeys(_place(t) for t in targets)
     walk = Walk(create_graph, create_graph if retain_graph is None else retain_graph, False)
     seeds = [_seed(root, weight, create_graph) for root, weight in zip(roots, weights, strict=True)]

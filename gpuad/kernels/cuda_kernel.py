@@ -67,7 +67,7 @@ template <typename T> __device__ inline T gpuad_pow(T a, T b) {
 """
 
 
-def dtype_codes(arguments: Sequence[Any], array_type: type) -> tuple[str | None, ...]:
+def dtype_codes(arguments: Sequence[Any], array_type: Any) -> tuple[str | None, ...]:
     """What a kernel is looked up by: the dtype of each array, None for numbers. Names take a microsecond to make."""
     return tuple([a.dtype.char if isinstance(a, array_type) else None for a in arguments])
 
@@ -207,4 +207,3 @@ class CudaKernel:
 # CuPy's names of the compute types, as it writes them in parameter declarations.
 _NAMES = {"float": "float32", "double": "float64", "signed char": "int8", "short": "int16", "int": "int32",
           "long long": "int64", "unsigned char": "uint8", "bool": "bool"}  # fmt: skip
-

@@ -9,6 +9,7 @@ Source: Griewank & Walther, "Evaluating Derivatives", 2nd ed., sections 3.1 (for
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from gpuad.kernels.expr import Constant, Expr, ScalarFunction, Variable, constant, topological
 from gpuad.kernels.scalar import add, column_index, mul, neg, row_at, row_sum, where
@@ -133,7 +134,7 @@ def jvp(outputs: Sequence[Expr], tangents: Mapping[Variable, Expr]) -> list[Expr
     return _forward(outputs, tangents, order)
 
 
-def _forward(outputs: Sequence[Expr], tangents: Mapping[Variable, Expr], order: list[Expr]) -> list[Expr]:
+def _forward(outputs: Sequence[Expr], tangents: Mapping[Any, Expr], order: list[Expr]) -> list[Expr]:
     tangent: dict[Expr, Expr] = dict(tangents)
     for node in order:
         total: Expr | None = None
@@ -167,4 +168,3 @@ def _elementwise_tangent(output: Expr, tangents: Mapping[Variable, Expr]) -> Exp
     for tangent, partial in zip(tangents.values(), partials, strict=True):
         total = _sum(total, _chain(tangent, partial))
     return total
-

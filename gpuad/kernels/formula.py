@@ -147,9 +147,7 @@ class Formula:
         """Values and tangents of the outputs, as a formula of all inputs and the tangents of the `moving` inputs."""
         found = self._jvp.get(moving)
         if found is None:
-            tangents = {
-                self.inputs[i]: self._fresh(f"d{self.inputs[i].name}", self.inputs[i].level) for i in moving
-            }
+            tangents = {self.inputs[i]: self._fresh(f"d{self.inputs[i].name}", self.inputs[i].level) for i in moving}
             results = derive.jvp(self.outputs, tangents)
             parameters = [*self.inputs, *tangents.values()]
             formula = Formula(f"{self.name}_jvp", parameters, [*self.outputs, *results], self.levels * 2)
@@ -201,11 +199,13 @@ def trace(
     of promotion).
     Raises FormulaError, saying what to write instead, where the function is not elementwise.
     """
-    name = name or getattr(function, "__name__", "formula")
+    title: str = name if name else getattr(function, "__name__", "formula")
     parameters = inspect.signature(function).parameters.values()
     for p in parameters:
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
-            raise FormulaError(f"The formula {name} takes *{p.name}; name each input, so that the kernel knows how many.")
+            raise FormulaError(
+                f"The formula {title} takes *{p.name}; name each input, so that the kernel knows how many."
+            )
     inputs = [
         variable(
             p.name,
@@ -217,14 +217,14 @@ def trace(
     result = function(*inputs)
     results = list(result) if isinstance(result, (tuple, list)) else [result]
     if not results:
-        raise FormulaError(f"The formula {name} returns nothing; return the expression to compute.")
+        raise FormulaError(f"The formula {title} returns nothing; return the expression to compute.")
     for r in results:
         if r is None:
-            raise FormulaError(f"The formula {name} returns None; return the expression to compute.")
+            raise FormulaError(f"The formula {title} returns None; return the expression to compute.")
     outputs = [as_expr(r) for r in results]
     masks = _masks(outputs, inputs)
     if masks:
         swap: dict[Expr, Expr] = {v: variable(v.name, "mask", v.level) for v in masks}
         outputs = substitute(outputs, swap)
         inputs = [swap.get(v, v) for v in inputs]  # type: ignore[misc]
-    return Formula(name, inputs, outputs)
+    return Formula(title, inputs, outputs)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpuad.array.numpy_backend import host_sum
+from gpuad.array.numpy_backend import add_reduce, host_sum
 from gpuad.kernels.expr import Constant, Expr, Variable, substitute, topological
 from gpuad.kernels.scalar import SpecialFunction, where
 
@@ -385,8 +385,8 @@ class NumpyProgram:
     def _prepare(self, arguments: Sequence[Any], key: tuple) -> tuple[Callable | None, tuple, list[int]]:
         """The program for arguments of these shapes (None for blocks), the result's shape, and which are 0-d.
 
-        A 0-d array beside larger ones is passed as a number, a result of shape () is computed in shape (1,): ufuncs turn
-        0-d arrays into scalars, which take no `out=`.
+        A 0-d array beside larger ones is passed as a number, a result of shape () is computed in shape (1,): ufuncs
+        turn 0-d arrays into scalars, which take no `out=`.
         """
         scalars, shape, size, uniform = _survey(arguments)
         program = None
@@ -495,9 +495,9 @@ class NumpyProgram:
                 part = [v if k in scalars else v[i : min(i + step, stop)] for k, v in enumerate(views)]
                 (block,) = self(part, dtype)
                 if 0 in axes:
-                    partials[i] = np.add.reduce(block, inner, out_dtype, None, not flat)
+                    partials[i] = add_reduce(block, inner, out_dtype, None, not flat)
                 else:
-                    total[i : i + step] = np.add.reduce(block, inner, out_dtype, None, True)
+                    total[i : i + step] = add_reduce(block, inner, out_dtype, None, True)
 
         parallel(work, length, int(np.prod(shape)) * self.work)
         if 0 in axes:  # in pairs, as NumPy sums: rounding grows with the logarithm of the number of blocks

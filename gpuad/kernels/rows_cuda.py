@@ -1,8 +1,8 @@
 """A row formula as one CUDA kernel: a block of threads a row.
 
-The row functions are put in stages: those of one stage need only the results of earlier stages, so one pass over the row
-feeds them all, and a last pass writes the elements. Elements are read again in each pass (from cache) rather than kept.
-Strides are arguments, so broadcast and transposed operands are read where they lie.
+The row functions are put in stages: those of one stage need only the results of earlier stages, so one pass over the
+row feeds them all, and a last pass writes the elements. Elements are read again in each pass (from cache) rather than
+kept. Strides are arguments, so broadcast and transposed operands are read where they lie.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class RowKernel:
         dtype = np.dtype(np.float32) if dtype is None else dtype
         formula = self.formula
         if key is None:
-            names = {"number": dtype.name, "label": "int64", "mask": "bool"}
-            key = tuple(names[v.kind] for v in formula.inputs)
+            of_kind = {"number": dtype.name, "label": "int64", "mask": "bool"}
+            key = tuple(of_kind[v.kind] for v in formula.inputs)
         T = C_TYPES[compute_dtype(dtype).name]
         c_types = {**C_TYPES, "float16": "__half"}
         parameters, loads_scalar, loads_row = [], [], []
@@ -281,7 +281,8 @@ class RowKernel:
         while threads < 256 and threads < columns:
             threads *= 2
         if self.checks:
-            address, code = of_array(made[0]).backend.fault("class index")
+            backend: Any = of_array(made[0]).backend
+            address, code = backend.fault("class index")
             made_arguments = [*made, np.uint64(address), np.int32(code)]
         else:
             made_arguments = made
@@ -315,7 +316,9 @@ def weighted_mean(terms: Any, weights: Any) -> Any:
     kernel = _weighted_mean.get(name)
     if kernel is None:
         stored = {**C_TYPES, "float16": "__half"}[name]
-        source = "#include <cuda_fp16.h>\n" + _WEIGHTED_MEAN.format(s=stored, T=C_TYPES[compute_dtype(terms.dtype).name])
+        source = "#include <cuda_fp16.h>\n" + _WEIGHTED_MEAN.format(
+            s=stored, T=C_TYPES[compute_dtype(terms.dtype).name]
+        )
         kernel = _weighted_mean[name] = cupy.RawKernel(source, "gpuad_weighted_mean")
     out = cupy.empty(2, terms.dtype)
     kernel((1,), (256,), (terms, weights, out, np.int64(terms.size)))

@@ -104,9 +104,12 @@ def _use_add_at(outputs: Sequence[Expr]) -> list[Expr]:
             return None
         sides = sign.args[0].args
         for here, there in (sides, sides[::-1]):
-            if here.function is column and derive.level(there, known) == "row":
-                if derive.level(sign.args[1], known) != "element":
-                    return there, (neg(sign.args[1]) if flip else sign.args[1])
+            if (
+                here.function is column
+                and derive.level(there, known) == "row"
+                and derive.level(sign.args[1], known) != "element"
+            ):
+                return there, (neg(sign.args[1]) if flip else sign.args[1])
         return None
 
     todo: dict[Expr, Expr] = {}

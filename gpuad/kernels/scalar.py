@@ -34,7 +34,7 @@ def _declare(
     name: str, numpy: Any, cuda: str, *partials: Callable | None, result: str = "same", **more: Any
 ) -> ScalarFunction:
     made = ScalarFunction(name, numpy, cuda, partials, result, **more)
-    FUNCTIONS[name] = METHODS[name] = made  # type: ignore[assignment]
+    FUNCTIONS[name] = METHODS[name] = made
     return made
 
 
@@ -45,13 +45,13 @@ mul = _declare("mul", np.multiply, "({0} * {1})", lambda a, b, y: b, lambda a, b
 div = _declare("div", np.divide, "({0} / {1})", lambda a, b, y: 1 / b, lambda a, b, y: -y / b, result="float")
 neg = _declare("neg", np.negative, "(-{0})", lambda a, y: constant(-1))
 abs = _declare("abs", np.absolute, "({0} < {T}(0) ? -{0} : {0})", lambda a, y: sign(a))
-sign = _declare("sign", None, "({T}({0} > {T}(0)) - {T}({0} < {T}(0)))", None,
-                lowered=lambda a: where(a > 0, 1, where(a < 0, -1, 0)))  # fmt: skip
+sign: ScalarFunction = _declare("sign", None, "({T}({0} > {T}(0)) - {T}({0} < {T}(0)))", None,
+                                lowered=lambda a: where(a > 0, 1, where(a < 0, -1, 0)))  # fmt: skip
 floor_divide = _declare("floor_divide", np.floor_divide, "gpuad_floor_divide({0}, {1})", None, None)
 remainder = _declare("remainder", np.remainder, "gpuad_remainder({0}, {1})",
                      lambda a, b, y: constant(1), lambda a, b, y: -floor_divide(a, b))  # fmt: skip
 fmod = _declare("fmod", np.fmod, "gpuad_fmod({0}, {1})", lambda a, b, y: constant(1), lambda a, b, y: -trunc(a / b))
-pow = _declare(
+pow: ScalarFunction = _declare(
     "pow", np.power, "gpuad_pow({0}, {1})",
     lambda a, b, y: where(b == 0, 0.0, b * pow(a, b - 1)),
     lambda a, b, y: where((a == 0) & (b >= 0), 0.0, y * log(a)),
@@ -66,8 +66,10 @@ relu = _declare("relu", None, "({0} <= {T}(0) ? {T}(0) : {0})",
                 lambda a, y: where(y > 0, 1.0, 0.0), lowered=lambda a: maximum(a, 0))  # fmt: skip
 
 # Conditions -----------------------------------------------------------------------------------------------------------
-where = _declare("where", np.where, "({0} ? {1} : {2})",
-                 None, lambda c, a, b, y: where(c, 1.0, 0.0), lambda c, a, b, y: where(c, 0.0, 1.0))  # fmt: skip
+where: ScalarFunction = _declare(
+    "where", np.where, "({0} ? {1} : {2})",
+    None, lambda c, a, b, y: where(c, 1.0, 0.0), lambda c, a, b, y: where(c, 0.0, 1.0),
+)  # fmt: skip
 lt = _declare("lt", np.less, "({0} < {1})", None, None, result="bool")
 le = _declare("le", np.less_equal, "({0} <= {1})", None, None, result="bool")
 gt = _declare("gt", np.greater, "({0} > {1})", None, None, result="bool")
@@ -85,7 +87,7 @@ isfinite = _declare("isfinite", np.isfinite, "gpuad_isfinite({0})", None, result
 # Rounding -------------------------------------------------------------------------------------------------------------
 floor = _declare("floor", np.floor, "floor({0})", None)
 ceil = _declare("ceil", np.ceil, "ceil({0})", None)
-trunc = _declare("trunc", np.trunc, "trunc({0})", None)
+trunc: ScalarFunction = _declare("trunc", np.trunc, "trunc({0})", None)
 round = _declare("round", np.rint, "rint({0})", None)
 
 # Powers and exponentials ----------------------------------------------------------------------------------------------
@@ -95,14 +97,14 @@ rsqrt = _declare("rsqrt", None, "rsqrt({0})", lambda a, y: -0.5 * y * y * y, res
 exp = _declare("exp", np.exp, "exp({0})", lambda a, y: y, result="float")
 exp2 = _declare("exp2", np.exp2, "exp2({0})", lambda a, y: y * math.log(2), result="float")
 expm1 = _declare("expm1", np.expm1, "expm1({0})", lambda a, y: y + 1, result="float")
-log = _declare("log", np.log, "log({0})", lambda a, y: 1 / a, result="float")
+log: ScalarFunction = _declare("log", np.log, "log({0})", lambda a, y: 1 / a, result="float")
 log2 = _declare("log2", np.log2, "log2({0})", lambda a, y: (1 / math.log(2)) / a, result="float")
 log10 = _declare("log10", np.log10, "log10({0})", lambda a, y: (1 / math.log(10)) / a, result="float")
 log1p = _declare("log1p", np.log1p, "log1p({0})", lambda a, y: 1 / (a + 1), result="float")
 
 # Trigonometric and hyperbolic -----------------------------------------------------------------------------------------
 sin = _declare("sin", np.sin, "sin({0})", lambda a, y: cos(a), result="float")
-cos = _declare("cos", np.cos, "cos({0})", lambda a, y: -sin(a), result="float")
+cos: ScalarFunction = _declare("cos", np.cos, "cos({0})", lambda a, y: -sin(a), result="float")
 tan = _declare("tan", np.tan, "tan({0})", lambda a, y: y * y + 1, result="float")
 asin = _declare("asin", np.arcsin, "asin({0})", lambda a, y: rsqrt(1 - a * a), result="float")
 acos = _declare("acos", np.arccos, "acos({0})", lambda a, y: -rsqrt(1 - a * a), result="float")
@@ -110,7 +112,7 @@ atan = _declare("atan", np.arctan, "atan({0})", lambda a, y: 1 / (a * a + 1), re
 atan2 = _declare("atan2", np.arctan2, "atan2({0}, {1})",
                  lambda a, b, y: b / (a * a + b * b), lambda a, b, y: -a / (a * a + b * b), result="float")  # fmt: skip
 sinh = _declare("sinh", np.sinh, "sinh({0})", lambda a, y: cosh(a), result="float")
-cosh = _declare("cosh", np.cosh, "cosh({0})", lambda a, y: sinh(a), result="float")
+cosh: ScalarFunction = _declare("cosh", np.cosh, "cosh({0})", lambda a, y: sinh(a), result="float")
 tanh = _declare("tanh", np.tanh, "tanh({0})", lambda a, y: 1 - y * y, result="float")
 asinh = _declare("asinh", np.arcsinh, "asinh({0})", lambda a, y: rsqrt(a * a + 1), result="float")
 acosh = _declare("acosh", np.arccosh, "acosh({0})", lambda a, y: rsqrt((a - 1) * (a + 1)), result="float")
@@ -130,7 +132,7 @@ erfinv = _declare("erfinv", SpecialFunction("erfinv"), "erfinv({0})",
 # Constant in every derivative (its argument is treated as data) -------------------------------------------------------
 stop = _declare("stop", np.positive, "({0})", None)
 
-# Across a row: used by row formulas only (kernels/rows_numpy.py, kernels/rows_cuda.py). Partials are for one element. ---
+# Across a row: used by row formulas only (kernels/rows_numpy.py, kernels/rows_cuda.py); partials are for one element --
 row_sum = _declare("row_sum", None, "", lambda a, y: constant(1.0), across="row")
 row_max = _declare("row_max", None, "", None, across="row")
 row_logsumexp = _declare("row_logsumexp", None, "", lambda a, y: exp(a - y), across="row")

@@ -19,5 +19,18 @@ from gpuad.ops.attach import attach
 
 attach()
 
-__all__ = ["activations", "arithmetic", "convert", "creation", "dropout", "fuse", "indexing", "linalg", "losses", "maths",
-           "reduction", "rows", "shape"]
+__all__ = [
+    "activations",
+    "arithmetic",
+    "convert",
+    "creation",
+    "dropout",
+    "fuse",
+    "indexing",
+    "linalg",
+    "losses",
+    "maths",
+    "reduction",
+    "rows",
+    "shape",
+]

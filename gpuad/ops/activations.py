@@ -1,4 +1,4 @@
-"""Activation functions: each op is its formula. Sources: PyTorch's torch.nn.functional, formulas in the documentation."""
+"""Activation functions: each op is its formula. Sources: the formulas in the documentation of torch.nn.functional."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ selu = elementwise(
     unary(-2, 2, 0), "scale · (input where positive, else alpha (exp(input) − 1)); Klambauer et al. 2017.",
     method=False,
 )  # fmt: skip
-leaky_relu = elementwise("leaky_relu", lambda input, negative_slope=0.01: where(input > 0, input, input * negative_slope),
-                         [(S((3, 4), -2, 2, (0,)), 0.1)], "input where positive, else negative_slope · input.",
-                         nn=True)  # fmt: skip
+leaky_relu = elementwise(
+    "leaky_relu", lambda input, negative_slope=0.01: where(input > 0, input, input * negative_slope),
+    [(S((3, 4), -2, 2, (0,)), 0.1)], "input where positive, else negative_slope · input.", nn=True,
+)  # fmt: skip
 prelu = elementwise("prelu", lambda input, weight: where(input > 0, input, input * weight),
                      [(S((3, 4), -2, 2, (0,)), S((4,)))], "leaky_relu with a learned slope.", method=False)  # fmt: skip
 relu6 = elementwise("relu6", lambda input: clamp(input, 0.0, 6.0), [(S((3, 4), -8, 8, (0, 6)),)],
@@ -94,4 +95,3 @@ def gelu(input: Any, approximate: str = "none") -> Any:
     if approximate == "tanh":
         return gelu_tanh(input)
     raise ValueError(f"approximate is 'none' or 'tanh', got {approximate!r}.")
-

@@ -68,13 +68,13 @@ def attach() -> None:
     for name, symbol in (("and", "logical_and"), ("or", "logical_or"), ("xor", "logical_xor")):
         setattr(Tensor, f"__{name}__", _binary(_bitwise(name, get[symbol])))
         setattr(Tensor, f"__r{name}__", _binary(_bitwise(name, get[symbol]), reflected=True))
-    Tensor.__pow__ = _binary(get["pow"])  # type: ignore[method-assign, assignment]
-    Tensor.__rpow__ = _binary(get["pow"], reflected=True)  # type: ignore[method-assign, assignment]
-    Tensor.__matmul__ = _method(get["matmul"])  # type: ignore[method-assign, assignment]
+    Tensor.__pow__ = _binary(get["pow"])  # type: ignore[method-assign]
+    Tensor.__rpow__ = _binary(get["pow"], reflected=True)  # type: ignore[method-assign]
+    Tensor.__matmul__ = _method(get["matmul"])  # type: ignore[method-assign]
     Tensor.__rmatmul__ = lambda self, other: get["matmul"](other, self)  # type: ignore[method-assign]
-    Tensor.__neg__ = _method(get["neg"])  # type: ignore[method-assign, assignment]
-    Tensor.__abs__ = _method(get["abs"])  # type: ignore[method-assign, assignment]
-    Tensor.__pos__ = lambda self: self  # type: ignore[attr-defined]
+    Tensor.__neg__ = _method(get["neg"])  # type: ignore[method-assign]
+    Tensor.__abs__ = _method(get["abs"])  # type: ignore[method-assign]
+    Tensor.__pos__ = lambda self: self  # type: ignore[method-assign]
     Tensor.__invert__ = _invert  # type: ignore[method-assign]
     for name, method in _IN_PLACE.items():
         setattr(Tensor, name, method)

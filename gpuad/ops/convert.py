@@ -9,7 +9,7 @@ import numpy as np
 from gpuad.array import dtypes
 from gpuad.array.device import Device, as_device
 from gpuad.autograd.op import function
-from gpuad.autograd.primitive import linear, primitive
+from gpuad.autograd.primitive import Primitive, linear, primitive
 from gpuad.errors import AutogradError
 from gpuad.ops.samples import HERE, S
 from gpuad.tensor import Tensor, wrap
@@ -29,7 +29,7 @@ def _back(g: Any, dtype: np.dtype) -> Any:
 
 
 # A copy to another device; the gradient is copied back to where the input came from.
-move = primitive(
+move: Primitive = primitive(
     "move",
     lambda backend, input, *, device, source: device.backend.receive(input),
     vjp={"input": lambda g, source, device: move(g, device=source, source=device)},
@@ -51,9 +51,7 @@ def to(input: Tensor, *args: Any, dtype: Any = None, device: Any = None, non_blo
     for arg in args:
         if isinstance(arg, Tensor):
             device, dtype = arg._device, arg._data.dtype
-        elif isinstance(arg, bool):
-            non_blocking = arg
-        elif arg is None:
+        elif arg is None or isinstance(arg, bool):  # a bool is non_blocking, which changes nothing here
             continue
         elif isinstance(arg, Device) or (isinstance(arg, str) and arg.partition(":")[0] in ("cpu", "cuda")):
             device = arg
@@ -182,9 +180,7 @@ def _number(kind: type) -> Any:
 def to_bool(self: Tensor) -> bool:
     """Whether the one element is not zero; waits for the device."""
     if self._data.size != 1:
-        raise ValueError(
-            f"The truth value of a tensor of shape {tuple(self.shape)} is ambiguous; use any() or all()."
-        )
+        raise ValueError(f"The truth value of a tensor of shape {tuple(self.shape)} is ambiguous; use any() or all().")
     return bool(item(self))
 
 

@@ -78,8 +78,10 @@ def tensor(data: Any, dtype: Any = None, device: Any = None, requires_grad: bool
     if isinstance(data, Tensor):
         place = data._device if device is None else as_device(device)
         array = data._data if place is data._device else place.backend.receive(data._data)
-        same = wanted is None or wanted == array.dtype
-        array = place.backend.copy(array) if same else place.backend.cast(array, wanted)
+        if wanted is None or wanted == array.dtype:
+            array = place.backend.copy(array)
+        else:
+            array = place.backend.cast(array, wanted)
         return _finish(array, place, requires_grad)
     if hasattr(data, "__cuda_array_interface__"):
         source = of_array(data)
@@ -222,7 +224,9 @@ def new_empty(self: Tensor, *size: Any, dtype: Any = None, device: Any = None, r
     return _finish(place.backend.empty(_shape(size), wanted), place, requires_grad)
 
 
-def new_tensor(self: Tensor, data: Any, *, dtype: Any = None, device: Any = None, requires_grad: bool = False) -> Tensor:
+def new_tensor(
+    self: Tensor, data: Any, *, dtype: Any = None, device: Any = None, requires_grad: bool = False
+) -> Tensor:
     """A copy of `data` with the dtype and device of this tensor."""
     place, wanted = _like(self, dtype, device)
     return tensor(data, wanted, place, requires_grad)
@@ -230,7 +234,7 @@ def new_tensor(self: Tensor, data: Any, *, dtype: Any = None, device: Any = None
 
 for _method in (new_zeros, new_ones, new_full, new_empty, new_tensor):
     setattr(Tensor, _method.__name__, _method)
-Tensor._from_values = staticmethod(  # type: ignore[method-assign, assignment]
+Tensor._from_values = staticmethod(
     lambda values: tensor(values, None if isinstance(values, Tensor) else dtypes.get_default_dtype())._data
 )
 

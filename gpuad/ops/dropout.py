@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from gpuad.array import random
 from gpuad.autograd.elementwise import elementwise
 from gpuad.autograd.op import function
@@ -12,7 +10,8 @@ from gpuad.ops.samples import S
 from gpuad.tensor import Tensor, wrap
 
 keep = elementwise("keep", lambda input, kept, scale: where(kept, input * scale, 0.0),
-                   [(S((3, 4)), S((3, 4), kind="bool"), 2.0)], "input · scale where kept, else 0.", nn=True)  # fmt: skip
+                   [(S((3, 4)), S((3, 4), kind="bool"), 2.0)], "input · scale where kept, else 0.",
+                   nn=True)  # fmt: skip
 
 
 @function(nn=True)

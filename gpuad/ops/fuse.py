@@ -55,7 +55,8 @@ def fuse(f: Callable | None = None, *, name: str | None = None) -> Any:
     """
     if f is None:
         return functools.partial(fuse, name=name)
-    title = re.sub(r"\W", "_", name or getattr(f, "__name__", "fused")).strip("_") or "fused"
+    given: str = name if name else getattr(f, "__name__", "fused")
+    title = re.sub(r"\W", "_", given).strip("_") or "fused"
     made = Fused(title if not title[0].isdigit() else f"f_{title}", f, doc=f.__doc__ or "", register=False)
     made.__wrapped__ = f  # type: ignore[attr-defined]
     return made

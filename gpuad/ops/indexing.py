@@ -8,7 +8,7 @@ import numpy as np
 
 from gpuad.autograd.modes import state
 from gpuad.autograd.op import NUMBERS, Interpreters, check_devices, check_in_place, function, writable
-from gpuad.autograd.primitive import linear, primitive
+from gpuad.autograd.primitive import Primitive, linear, primitive
 from gpuad.errors import DtypeError, ShapeError
 from gpuad.ops.reduction import Extreme, axis_of, sum_to_size
 from gpuad.ops.samples import Array, S
@@ -22,9 +22,8 @@ def _array_key(key: Any, input: Tensor) -> tuple[tuple, bool]:
     converted: list[Any] = []
     for part in parts:
         if isinstance(part, Tensor):
-            if part._device is not input._device:
-                if part._data.ndim or part._device.type != "cpu":
-                    check_devices("indexing", (input, part), ("input", "index"))
+            if part._device is not input._device and (part._data.ndim or part._device.type != "cpu"):
+                check_devices("indexing", (input, part), ("input", "index"))
             if part._data.dtype.kind == "f":
                 raise DtypeError(f"An index must be integers or bools, got a {part.dtype} tensor; convert: i.long().")
             part = part._data
@@ -80,13 +79,13 @@ scatter_back = primitive(
     ],
     doc="Zeros with the input added at an index; repeated places add up.",
 )
-slice_ = primitive(
+slice_: Primitive = primitive(
     "slice", _read, vjp={"input": lambda g, input_shape, key: scatter_back(g, shape=input_shape, key=key, basic=True)},
     jvp=linear, doc="A basic index: ints and slices, a view.", view=True,
     samples=[(S((3, 4)), {"key": (1,)}), (S((3, 4)), {"key": (slice(None, None, 2), None, slice(1, 3))}),
              (S((2, 3, 4)), {"key": (Ellipsis, 2)}), (S((3, 4)), {"key": (slice(2, 2),)}), (S(()), {"key": ()})],
 )  # fmt: skip
-take = primitive(
+take: Primitive = primitive(
     "index", lambda backend, input, *, key: backend.read_at(input, key),
     vjp={"input": lambda g, input_shape, key: scatter_back(g, shape=input_shape, key=key, basic=False)},
     jvp=linear, doc="An advanced index: integer or bool arrays, a copy.",
@@ -154,7 +153,8 @@ index_put_ = primitive(
         ),
     },
     samples=[
-        (S((3, 4)), S((4,)), {"key": (1,), "basic": True}), (S((3, 4)), S(()), {"key": (slice(1, 3),), "basic": True}),
+        (S((3, 4)), S((4,)), {"key": (1,), "basic": True}),
+        (S((3, 4)), S(()), {"key": (slice(1, 3),), "basic": True}),
         (S((3, 4)), S((2, 1)), {"key": (Array([2, 0]),), "basic": False}),
         (S((3, 4)), 0.5, {"key": (Array([2, 0]), Array([1, 1])), "basic": False}),
     ],
@@ -211,8 +211,8 @@ def setitem(self: Tensor, key: Any, value: Any) -> None:
         index_put_._record((before, operand), (data, None if operand is None else array), self, wanted, params)
 
 
-Tensor.__getitem__ = getitem  # type: ignore[method-assign, assignment]
-Tensor.__setitem__ = setitem  # type: ignore[method-assign, assignment]
+Tensor.__getitem__ = getitem  # type: ignore[method-assign]
+Tensor.__setitem__ = setitem  # type: ignore[method-assign]
 
 
 @function
@@ -247,13 +247,17 @@ def _gather_key(backend: Any, index: Any, dim: int) -> tuple:
 
 gather_ = primitive(
     "gather",
-    lambda backend, input, *, index, dim: backend.xp.take_along_axis(input, index, dim)
-    if input.shape[:dim] + input.shape[dim + 1 :] == index.shape[:dim] + index.shape[dim + 1 :]
-    else input[_gather_key(backend, index, dim)],
+    lambda backend, input, *, index, dim: (
+        backend.xp.take_along_axis(input, index, dim)
+        if input.shape[:dim] + input.shape[dim + 1 :] == index.shape[:dim] + index.shape[dim + 1 :]
+        else input[_gather_key(backend, index, dim)]
+    ),
     vjp={"input": lambda g, input_shape, index, dim: scatter_add_(g, shape=input_shape, index=index, dim=dim)},
     jvp=linear,
-    samples=[(S((3, 2)), {"index": Array([[0, 2], [1, 2]]), "dim": 0}),
-             (S((2, 3)), {"index": Array([[0, 0], [2, 1]]), "dim": 1})],
+    samples=[
+        (S((3, 2)), {"index": Array([[0, 2], [1, 2]]), "dim": 0}),
+        (S((2, 3)), {"index": Array([[0, 0], [2, 1]]), "dim": 1}),
+    ],
     doc="Elements picked along a dimension.",
 )
 
@@ -264,13 +268,15 @@ def _scatter(backend: Any, input: Any, *, shape: Any, index: Any, dim: int) -> A
     return out
 
 
-scatter_add_ = primitive(
+scatter_add_: Primitive = primitive(
     "gather_transpose",
     _scatter,
     vjp={"input": lambda g, index, dim: gather_(g, index=index, dim=dim)},
     jvp=linear,
-    samples=[(S((2, 2)), {"shape": (3, 2), "index": Array([[0, 2], [0, 1]]), "dim": 0}),
-             (S((2, 2)), {"shape": (2, 3), "index": Array([[0, 0], [2, 1]]), "dim": 1})],
+    samples=[
+        (S((2, 2)), {"shape": (3, 2), "index": Array([[0, 2], [0, 1]]), "dim": 0}),
+        (S((2, 2)), {"shape": (2, 3), "index": Array([[0, 0], [2, 1]]), "dim": 1}),
+    ],
     doc="Zeros with elements added along a dimension.",
 )
 

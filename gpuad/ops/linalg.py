@@ -8,7 +8,7 @@ import numpy as np
 
 from gpuad.array.device import of_array
 from gpuad.autograd.op import describe, function
-from gpuad.autograd.primitive import multilinear, primitive
+from gpuad.autograd.primitive import Primitive, multilinear, primitive
 from gpuad.errors import DtypeError, ShapeError
 from gpuad.ops.reduction import sum_to_size
 from gpuad.ops.samples import S
@@ -82,9 +82,10 @@ def matmul(input: Any, other: Any) -> Any:
 
     input: (..., n, k) or (k,). other: (..., k, m) or (k,). One dtype. Raises ShapeError where they do not fit.
     """
-    if not isinstance(input, Tensor) or not isinstance(other, Tensor):
-        if isinstance(input, Tensor) or isinstance(other, Tensor) or not hasattr(input, "ndim"):
-            raise TypeError(f"matmul takes two Tensors, got {type(input).__name__} and {type(other).__name__}.")
+    if (not isinstance(input, Tensor) or not isinstance(other, Tensor)) and (
+        isinstance(input, Tensor) or isinstance(other, Tensor) or not hasattr(input, "ndim")
+    ):
+        raise TypeError(f"matmul takes two Tensors, got {type(input).__name__} and {type(other).__name__}.")
     rows, columns = input.ndim, other.ndim
     if rows == 0 or columns == 0:
         raise ShapeError(
@@ -113,7 +114,9 @@ def matmul(input: Any, other: Any) -> Any:
 def mm(input: Any, mat2: Any) -> Any:
     """The product of two matrices."""
     if input.ndim != 2 or mat2.ndim != 2:
-        raise ShapeError(f"mm takes two matrices:\n  a  {describe(input)}\n  b  {describe(mat2)}\nUse matmul for others.")
+        raise ShapeError(
+            f"mm takes two matrices:\n  a  {describe(input)}\n  b  {describe(mat2)}\nUse matmul for others."
+        )
     return gemm(input, mat2)
 
 
@@ -140,7 +143,9 @@ def mv(input: Any, vec: Any) -> Any:
 def dot(input: Any, tensor: Any) -> Any:
     """The inner product of two vectors."""
     if input.ndim != 1 or tensor.ndim != 1:
-        raise ShapeError(f"dot takes two vectors:\n  a  {describe(input)}\n  b  {describe(tensor)}\nUse matmul for others.")
+        raise ShapeError(
+            f"dot takes two vectors:\n  a  {describe(input)}\n  b  {describe(tensor)}\nUse matmul for others."
+        )
     return matmul(input, tensor)
 
 
@@ -161,8 +166,9 @@ def addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1
 def _linear(backend: Any, x: Any, weight: Any, bias: Any) -> Any:
     if x.shape[-1] != weight.shape[-1]:
         raise ShapeError(
-            f"linear got an input that does not fit its weight:\n  input   {describe(x)}\n  weight  {describe(weight)}\n"
-            f"The last dimension of the input must be the in_features of the layer, {weight.shape[-1]}."
+            f"linear got an input that does not fit its weight:\n  input   {describe(x)}\n  weight  "
+            f"{describe(weight)}\nThe last dimension of the input must be the in_features of the layer, "
+            f"{weight.shape[-1]}."
         )
     if x.dtype != weight.dtype:
         raise DtypeError(
@@ -174,7 +180,7 @@ def _linear(backend: Any, x: Any, weight: Any, bias: Any) -> Any:
 
 
 # x @ weight.T + bias on matrices; linear() below flattens what comes before the last dimension.
-linear_ = primitive(
+linear_: Primitive = primitive(
     "linear",
     _linear,
     vjp={
@@ -240,4 +246,3 @@ def bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
     left = matmul(input1.unsqueeze(-2).unsqueeze(-2), weight)  # (*, out, 1, m)
     y = (left.squeeze(-2) * input2.unsqueeze(-2)).sum(-1)
     return y if bias is None else y + bias
-

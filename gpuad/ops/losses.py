@@ -8,9 +8,7 @@ from gpuad.autograd.elementwise import Elementwise, elementwise
 from gpuad.autograd.op import check_devices, describe, function
 from gpuad.autograd.reduced import Reduced
 from gpuad.errors import DtypeError, ShapeError
-from gpuad.kernels.scalar import (
-    abs, clamp, exp, log, log1p, maximum, ne, row_at, row_logsumexp, where,
-)  # fmt: skip
+from gpuad.kernels.scalar import abs, clamp, exp, log, log1p, maximum, ne, row_at, row_logsumexp, where
 from gpuad.ops.samples import S, class_indices
 from gpuad.tensor import Tensor
 
@@ -64,7 +62,9 @@ _smooth = _Loss(
 _huber = _Loss(
     "huber_loss",
     lambda input, target, delta: where(
-        abs(input - target) <= delta, 0.5 * (input - target) * (input - target), delta * (abs(input - target) - 0.5 * delta)
+        abs(input - target) <= delta,
+        0.5 * (input - target) * (input - target),
+        delta * (abs(input - target) - 0.5 * delta),
     ),
     [(S((3, 4), 0, 1), S((3, 4), 3, 4), 1.5), (S((3, 4), 0, 0.4), S((3, 4), 0, 0.4), 1.5)],
     "½ d² where |d| ≤ delta, else delta (|d| − ½ delta), with d = input − target.",
@@ -91,7 +91,11 @@ def smooth_l1_loss(input: Any, target: Any, reduction: str = "mean", beta: float
     _check_shapes("smooth_l1_loss", input, target)
     if beta < 0:
         raise ValueError(f"smooth_l1_loss takes beta ≥ 0, got {beta}.")
-    return _absolute(input, target, reduction=reduction) if beta == 0 else _smooth(input, target, beta, reduction=reduction)
+    return (
+        _absolute(input, target, reduction=reduction)
+        if beta == 0
+        else _smooth(input, target, beta, reduction=reduction)
+    )
 
 
 @function(nn=True)
@@ -110,7 +114,9 @@ _probability = [(S((3, 4), 0.1, 0.9), S((3, 4), 0.1, 0.9))]
 # The logarithms are cut at −100 as in PyTorch, so that a saturated probability costs 100, not infinity.
 _bce = _Loss(
     "binary_cross_entropy",
-    lambda input, target: -(target * clamp(log(input), -100.0, None) + (1 - target) * clamp(log1p(-input), -100.0, None)),
+    lambda input, target: -(
+        target * clamp(log(input), -100.0, None) + (1 - target) * clamp(log1p(-input), -100.0, None)
+    ),
     _probability, "−(t log p + (1 − t) log(1 − p)).",
 )  # fmt: skip
 _bce_logits = _Loss(
@@ -202,7 +208,9 @@ ce_plain = Reduced("cross_entropy", _plain_term, _classified, "logsumexp(x) − 
                    labels=("label",))  # fmt: skip
 ce_masked = Reduced("cross_entropy_masked", _masked_term, _masked, "The same, without rows to ignore.", weighted=True,
                     **_labels)  # fmt: skip
-nll_masked = Reduced("nll_loss", _nll_term, _masked, "−x[label], x a row of log-probabilities.", weighted=True, **_labels)
+nll_masked = Reduced(
+    "nll_loss", _nll_term, _masked, "−x[label], x a row of log-probabilities.", weighted=True, **_labels
+)
 
 
 def _check_labels(name: str, input: Any, target: Any) -> None:
@@ -213,8 +221,10 @@ def _check_labels(name: str, input: Any, target: Any) -> None:
             f"{name} takes class indices as integers, or probabilities of the shape of its input:\n  input   "
             f"{describe(input)}\n  target  {describe(target)}"
         )
-    if target.ndim != input.ndim - 1 or target.shape[:1] != input.shape[: 1 if target.ndim else 0] or (
-        tuple(target.shape[1:]) != tuple(input.shape[2:])
+    if (
+        target.ndim != input.ndim - 1
+        or target.shape[:1] != input.shape[: 1 if target.ndim else 0]
+        or (tuple(target.shape[1:]) != tuple(input.shape[2:]))
     ):
         raise ShapeError(
             f"{name} takes input (N, C, *) and class indices (N, *):\n  input   {describe(input)}\n  target  "
@@ -295,9 +305,7 @@ def _soft_cross_entropy(input: Any, target: Any, weight: Any, reduction: str, la
 
 
 @function(nn=True)
-def nll_loss(
-    input: Any, target: Any, weight: Any = None, ignore_index: int = -100, reduction: str = "mean"
-) -> Any:
+def nll_loss(input: Any, target: Any, weight: Any = None, ignore_index: int = -100, reduction: str = "mean") -> Any:
     """−input[target] for rows of log-probabilities; arguments as of cross_entropy."""
     _check_labels("nll_loss", input, target)
     rows, labels = _as_rows(input, target)
@@ -308,4 +316,3 @@ def nll_loss(
     if reduction == "none":
         return loss.reshape(target.shape)
     return loss.sum() / total.sum() if _is_mean(reduction) else loss.sum()
-

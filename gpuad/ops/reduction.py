@@ -12,7 +12,7 @@ from gpuad.array import dtypes
 from gpuad.array.device import of_array
 from gpuad.autograd.elementwise import broadcast_axes, elementwise
 from gpuad.autograd.op import function
-from gpuad.autograd.primitive import linear, primitive
+from gpuad.autograd.primitive import Primitive, linear, primitive
 from gpuad.errors import DtypeError, ShapeError
 from gpuad.kernels import scalar as f
 from gpuad.ops.arithmetic import eq, maximum, minimum
@@ -380,7 +380,7 @@ def _cumsum(backend: Any, input: Any, *, dim: int, reverse: bool) -> Any:
     return xp.flip(xp.cumsum(xp.flip(input, dim), axis=dim, dtype=input.dtype), dim)
 
 
-cumsum_ = primitive(
+cumsum_: Primitive = primitive(
     "cumsum", _cumsum, vjp={"input": lambda g, dim, reverse: cumsum_(g, dim=dim, reverse=not reverse)}, jvp=linear,
     samples=[(S((3, 4)), {"dim": 0, "reverse": False}), (S((2, 3, 4)), {"dim": 1, "reverse": True}),
              (S((0, 3)), {"dim": 1, "reverse": False})],

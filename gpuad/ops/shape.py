@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gpuad.autograd.op import check_devices, describe, function
-from gpuad.autograd.primitive import linear, primitive
+from gpuad.autograd.primitive import Primitive, linear, primitive
 from gpuad.errors import ShapeError
 from gpuad.ops.reduction import axis_of, sum_to_size
 from gpuad.ops.samples import S
@@ -46,8 +46,12 @@ reshape_ = primitive(
     lambda backend, input, *, shape: input.reshape(shape),
     vjp={"input": lambda g, input_shape: g.reshape(input_shape)},
     jvp=linear,
-    samples=[(S((3, 4)), {"shape": (2, 6)}), (S((2, 3, 4)), {"shape": (6, 4)}), (S(()), {"shape": (1, 1)}),
-             (S((0, 3)), {"shape": (3, 0)})],
+    samples=[
+        (S((3, 4)), {"shape": (2, 6)}),
+        (S((2, 3, 4)), {"shape": (6, 4)}),
+        (S(()), {"shape": (1, 1)}),
+        (S((0, 3)), {"shape": (3, 0)}),
+    ],
     doc="The same elements in another shape.",
     view=True,
 )
@@ -84,8 +88,8 @@ def view(input: Any, *shape: Any) -> Any:
     out = reshape(input, *shape)
     if not _shares(out._data, input._data) and input._data.size:
         raise ShapeError(
-            f"view() cannot make {tuple(out.shape)} of shape {tuple(input.shape)} with strides {input.stride()} without "
-            "a copy; use reshape(), or contiguous() first."
+            f"view() cannot make {tuple(out.shape)} of shape {tuple(input.shape)} with strides {input.stride()} "
+            "without a copy; use reshape(), or contiguous() first."
         )
     return out
 
@@ -192,8 +196,12 @@ expand_ = primitive(
     lambda backend, input, *, shape: backend.xp.broadcast_to(input, shape),
     vjp={"input": lambda g, input_shape: _unexpand(g, input_shape)},
     jvp=linear,
-    samples=[(S((3, 1)), {"shape": (3, 4)}), (S((4,)), {"shape": (2, 3, 4)}), (S(()), {"shape": (2,)}),
-             (S((1, 3)), {"shape": (0, 3)})],
+    samples=[
+        (S((3, 1)), {"shape": (3, 4)}),
+        (S((4,)), {"shape": (2, 3, 4)}),
+        (S(()), {"shape": (2,)}),
+        (S((1, 3)), {"shape": (0, 3)}),
+    ],
     doc="Dimensions of length 1 repeated without a copy.",
     view=True,
 )
@@ -280,7 +288,8 @@ def contiguous(input: Any) -> Any:
 
 
 clone_ = primitive("clone", lambda backend, input: backend.copy(input), vjp={"input": lambda g: g}, jvp=linear,
-                   samples=[(S((3, 4)),), (S(()),), (S((0, 3)),)], doc="A copy that is differentiated through.")  # fmt: skip
+                   samples=[(S((3, 4)),), (S(()),), (S((0, 3)),)],
+                   doc="A copy that is differentiated through.")  # fmt: skip
 function(clone_, name="clone")
 clone = clone_
 
@@ -335,12 +344,15 @@ def _pad(backend: Any, input: Any, *, shape: tuple[int, ...], dim: int, start: i
     return out
 
 
-pad_ = primitive(
+pad_: Primitive = primitive(
     "embed",
     _pad,
     vjp={"input": lambda g, input_shape, dim, start: narrow_(g, dim=dim, start=start, length=input_shape[dim])},
     jvp=linear,
-    samples=[(S((3, 2)), {"shape": (3, 4), "dim": 1, "start": 1}), (S((0, 4)), {"shape": (3, 4), "dim": 0, "start": 1})],
+    samples=[
+        (S((3, 2)), {"shape": (3, 4), "dim": 1, "start": 1}),
+        (S((0, 4)), {"shape": (3, 4), "dim": 0, "start": 1}),
+    ],
     doc="Zeros of a shape with the input as a stretch of one dimension.",
 )
 
@@ -473,7 +485,7 @@ def hstack(tensors: Any) -> Any:
     return cat(tensors, 0 if tensors[0].ndim == 1 else 1)
 
 
-flip_ = primitive(
+flip_: Primitive = primitive(
     "flip",
     lambda backend, input, *, dims: backend.copy(backend.xp.flip(input, dims)),
     vjp={"input": lambda g, dims: flip_(g, dims=dims)},
@@ -489,7 +501,7 @@ def flip(input: Any, *dims: Any) -> Any:
     return flip_(input, dims=tuple(axis_of("flip", d, input.ndim) for d in _sizes(dims)))
 
 
-roll_ = primitive(
+roll_: Primitive = primitive(
     "roll",
     lambda backend, input, *, shifts, dims: backend.xp.roll(input, shifts, dims),
     vjp={"input": lambda g, shifts, dims: roll_(g, shifts=tuple(-s for s in shifts), dims=dims)},
@@ -549,7 +561,7 @@ def _diagonal_scatter(backend: Any, input: Any, *, shape: tuple[int, ...], offse
     return out
 
 
-diagonal_scatter_ = primitive(
+diagonal_scatter_: Primitive = primitive(
     "diagonal_embed", _diagonal_scatter,
     vjp={"input": lambda g, offset: diagonal_(g, offset=offset)}, jvp=linear, doc="Zeros with a diagonal.",
     samples=[(S((3,)), {"shape": (3, 4), "offset": 0}), (S((2, 3)), {"shape": (2, 3, 4), "offset": 1})],
@@ -577,5 +589,3 @@ def diag(input: Any, diagonal: int = 0) -> Any:
 def trace(input: Any) -> Any:
     """The sum of the diagonal of a matrix."""
     return diag(input).sum()
-
-
