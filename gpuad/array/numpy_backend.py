@@ -9,6 +9,7 @@ import numpy as np
 
 from gpuad.array import indices
 from gpuad.array.backend import Backend, Formula
+from gpuad.array.host_memory import LARGE, memory
 
 
 class NumpyBackend(Backend):
@@ -45,8 +46,10 @@ class NumpyBackend(Backend):
         if ufunc is not None:
             if outs is not None:
                 return ufunc(*arguments, out=outs[0], casting="unsafe")
-            result = ufunc(*arguments)
-            return result if type(result) is np.ndarray else np.asarray(result)
+            first = arguments[0]
+            if type(first) is not np.ndarray or first.nbytes < LARGE:
+                result = ufunc(*arguments)
+                return result if type(result) is np.ndarray else np.asarray(result)
         runner = formula.runners.get("numpy") or formula.runner("numpy")
         results = runner(arguments, dtype, outs)
         return results[0] if len(results) == 1 else results
@@ -83,7 +86,7 @@ class NumpyBackend(Backend):
                 np.copyto(out, product(a, b))
                 result = out
             else:
-                result = product(a, b, out=out)
+                result = product(a, b, out=_product_memory(a, b) if out is None else out)
             if alpha != 1.0:
                 result *= alpha
             return result
@@ -94,6 +97,11 @@ class NumpyBackend(Backend):
             out *= beta
         out += result
         return out
+
+    def copy(self, array: np.ndarray) -> np.ndarray:
+        made = memory.empty(array.shape, array.dtype)
+        np.copyto(made, array)
+        return made
 
     def check_index(self, index: np.ndarray, length: int, what: str, wrap_negative: bool = True) -> None:
         indices.check(index, length, what, wrap_negative)
@@ -118,8 +126,15 @@ class NumpyBackend(Backend):
         if x.dtype.kind != "f" or x.dtype.itemsize == 2:
             result = self.gemm(x, weight.T) if x.dtype.kind == "f" else np.matmul(x, weight.T)
         else:
-            result = np.dot(x, weight.T)
+            result = np.dot(x, weight.T, out=_product_memory(x, weight.T))
         return result if bias is None else np.add(result, bias, out=result)
+
+
+def _product_memory(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
+    """Where a product of two matrices goes: memory of the pool when it is large, else None."""
+    if a.ndim == b.ndim == 2 and a.shape[0] * b.shape[1] * a.dtype.itemsize >= LARGE and a.dtype == b.dtype:
+        return memory.empty((a.shape[0], b.shape[1]), a.dtype)
+    return None
 
 
 # Up to this many elements a sum over all, or over the rows of a matrix, is a product with ones: BLAS takes a third to

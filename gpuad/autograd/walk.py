@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from heapq import heappop, heappush
 from typing import Any
 
+from gpuad.array.host_memory import alone
 from gpuad.autograd.modes import state
 from gpuad.autograd.node import WRITTEN, Node, OutputNode
 from gpuad.autograd.op import Interpreters
@@ -173,7 +174,7 @@ _SOLE = _holders({None: object()})[None]
 def _sole(gradients: dict[Any, Any]) -> dict[Any, bool]:
     """Which gradients nobody else holds: they may be kept and written later without a copy."""
     return {
-        place: count == _SOLE and gradients[place].base is None and gradients[place].flags.c_contiguous
+        place: count == _SOLE and alone(gradients[place]) and gradients[place].flags.c_contiguous
         for place, count in _holders(gradients).items()
     }
 

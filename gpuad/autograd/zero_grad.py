@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gpuad.array.host_memory import alone
 from gpuad.tensor import Tensor, wrap
 
 
@@ -24,7 +25,7 @@ def zero_grad(tensors: Iterable[Tensor], set_to_none: bool = True) -> None:
             continue
         if not set_to_none:
             _fill_with_zero(tensor, grad)
-        elif grad._node is None and not grad._requires_grad and _holders(grad) == _SOLE and grad._data.base is None:
+        elif grad._node is None and not grad._requires_grad and _holders(grad) == _SOLE and alone(grad._data):
             tensor._grad_buffer = grad
             tensor._grad = None
         else:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gpuad.array.host_memory import memory
 from gpuad.array.numpy_backend import add_reduce, host_sum
 from gpuad.kernels.expr import Constant, Expr, Variable, substitute, topological
 from gpuad.kernels.scalar import SpecialFunction, where
@@ -27,9 +28,9 @@ from gpuad.kernels.scalar import SpecialFunction, where
 if TYPE_CHECKING:
     from gpuad.kernels.formula import Formula
 
-# Elements in a block. Small blocks stay in the nearest cache, but every ufunc call holds Python's lock for 0.5 us, which
+# Elements in a block. Small ones stay in the nearest cache, but every ufunc call holds Python's lock for 0.5 us, which
 # two threads pass to and fro: with 16384 elements (1 us of work) a second thread makes gelu's derivative slower, with
-# 131072 it takes half the time, and one thread alone is 20 % faster too (measured, caches of 1 MiB a core and 32 MiB).
+# 131072 it halves the time, and one thread alone gains 20 % (measured, caches of 1 MiB a core and 32 MiB for all).
 BLOCK = 131072
 # Element-operations from which a second thread pays: handing work over takes 50 us, as 600,000 operations do.
 THREADED_WORK = 4_000_000
@@ -379,7 +380,7 @@ class NumpyProgram:
                 return [self._finish(r, i, arguments, shape, dtype) for i, r in enumerate(results)]
         scalars, shape, size, _ = _survey(arguments)
         if outs is None:
-            outs = [np.empty(shape, self.formula.out_dtype(i, dtype)) for i in range(len(self.outputs))]
+            outs = [memory.empty(shape, self.formula.out_dtype(i, dtype)) for i in range(len(self.outputs))]
         self._in_blocks(arguments, scalars, shape, size, dtype, list(outs))
         return list(outs)
 

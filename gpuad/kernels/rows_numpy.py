@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gpuad.array.host_memory import memory
 from gpuad.kernels import derive
 from gpuad.kernels import numpy_program as elementwise
 from gpuad.kernels.expr import Expr, ScalarFunction, Variable, apply, substitute, topological
@@ -201,7 +202,7 @@ class RowProgram:
         if rows * columns <= 4 * elementwise.BLOCK:
             results = program(columns, *prepared, dtype)
             return [self._finish(r, i, shape, dtype) for i, r in enumerate(results)]
-        made = [np.empty(self._shape(i, shape), self.formula.out_dtype(i, dtype)) for i in range(len(self.outputs))]
+        made = [memory.empty(self._shape(i, shape), self.formula.out_dtype(i, dtype)) for i in range(len(self.outputs))]
         step = max(1, elementwise.BLOCK // columns)
 
         def work(start: int, stop: int) -> None:
