@@ -137,8 +137,13 @@ class Backend:
         """
         raise NotImplementedError
 
-    def weighted_mean(self, terms: Any, weights: Any) -> Any:
-        """(Σ terms / Σ weights, Σ weights) of two vectors, as one array of two."""
+    def row_total(
+        self, formula: Formula, arguments: Sequence[Any], dtype: np.dtype, weighted: bool, scale: float, mean: bool
+    ) -> tuple[Any, Any, list[Any]]:
+        """(scale · Σ terms, Σ weights, the other outputs) of a row formula with outputs (term, weight, *others).
+
+        With `mean` the first is Σ terms / Σ weights. Not weighted: there is no weight among the outputs.
+        """
         raise NotImplementedError
 
     def read_at(self, array: Any, key: Any) -> Any:

@@ -268,10 +268,12 @@ class CupyBackend(Backend):
         return False  # the row kernel checks them, and leaves out what is to be ignored
 
     @_here
-    def weighted_mean(self, terms: Any, weights: Any) -> Any:
-        from gpuad.kernels.rows_cuda import weighted_mean
-
-        return weighted_mean(terms, weights)
+    def row_total(
+        self, formula: Formula, arguments: Sequence[Any], dtype: np.dtype, weighted: bool, scale: float, mean: bool
+    ) -> tuple[Any, Any, list[Any]]:
+        summed = 2 if weighted else 1
+        both, *others = formula.runner("cuda").total(arguments, dtype, summed, scale, weighted and mean)
+        return both[0:1].reshape(()), both[1:2].reshape(()), others
 
     @_here
     def read_at(self, array: Any, key: Any) -> Any:

@@ -117,10 +117,18 @@ class NumpyBackend(Backend):
         indices.check(np.where(labels == ignore, 0, labels), classes, "class index", False)
         return False
 
-    def weighted_mean(self, terms: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        total = np.add.reduce(weights, dtype=terms.dtype)
-        with np.errstate(all="ignore"):
-            return np.array([np.add.reduce(terms) / total, total], terms.dtype)
+    def row_total(
+        self, formula: Formula, arguments: Sequence[Any], dtype: np.dtype, weighted: bool, scale: float, mean: bool
+    ) -> tuple[Any, Any, list[Any]]:
+        results = formula.runner("numpy")(arguments, dtype)
+        if not weighted:
+            return host_sum(results[0], (0,), False, None, scale), None, results[1:]
+        weights = host_sum(results[1], (0,))
+        total = host_sum(results[0], (0,), False, None, scale)
+        if mean:
+            with np.errstate(all="ignore"):
+                total = np.asarray(total / weights)
+        return total, weights, results[2:]
 
     def linear(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
         if x.dtype.kind != "f" or x.dtype.itemsize == 2:

@@ -78,7 +78,7 @@ class Reduced(Elementwise):
                 return result
         term = self.term
         layout: Any = None
-        results: Any = None
+        kept: Sequence[Any] = ()
         if not alike or dtype.kind != "f":
             inputs = tuple([as_operand(self.name, x) for x in inputs])
             device = check_devices(self.name, inputs, self.names)
@@ -89,9 +89,11 @@ class Reduced(Elementwise):
         backend = device.backend
         if term.is_row:
             shape = arrays[self.first_element].shape[:1]
-            results = (backend.elementwise if alike else backend.elementwise_mixed)(term, arrays, dtype)
-            results = results if len(term.outputs) > 1 else [results]
-            out, scale = self._total(backend, results, mean, shape[0])
+            operands = arrays if alike else backend.cast_operands(term, arrays, dtype)
+            scale = _scale(mean and not self.weighted, shape[0])
+            out, weights, kept = backend.row_total(term, operands, dtype, self.weighted, scale, mean)
+            if self.weighted and mean:
+                scale = weights
         else:
             scale = _scale(mean, math.prod(shape))
             if layout is not None:
@@ -99,7 +101,7 @@ class Reduced(Elementwise):
             out = backend.reduce(term, arrays, dtype, tuple(range(len(shape))), False, scale)
         made = wrap(out, device)
         if wanted and state.enabled:
-            self._record_sum(inputs, arrays, results, wanted, scale, layout, shape, made)
+            self._record_sum(inputs, arrays, kept, wanted, scale, layout, shape, made)
         return made
 
     def _shapes(self, inputs: Sequence[Any], dtype: np.dtype) -> tuple[tuple[int, ...], Any]:
@@ -115,12 +117,11 @@ class Reduced(Elementwise):
         return shape, [(x._data.shape, x._data.dtype) if isinstance(x, Tensor) else None for x in inputs]
 
     def _record_sum(
-        self, inputs: Sequence[Any], arrays: Sequence[Any], results: Any, wanted: tuple[int, ...], scale: Any,
+        self, inputs: Sequence[Any], arrays: Sequence[Any], kept: Sequence[Any], wanted: tuple[int, ...], scale: Any,
         layout: Any, shape: tuple[int, ...], out: Tensor,
     ) -> None:  # fmt: skip
         plan = self.plan(wanted)
         values = (*arrays, scale)
-        kept = () if results is None else results[2 if self.weighted else 1 :]
         saved = [values[i] for i in plan.inputs] + [kept[i - 1] for i in plan.outputs]
         cells = tuple([x._cell for x in [inputs[i] for i in plan.inputs if i < len(inputs)] if isinstance(x, Tensor)])
         parents: list[Any] = [None] * self.arity
@@ -131,13 +132,6 @@ class Reduced(Elementwise):
         info = (plan, layout, None, shape)
         out._node = Node(self, tuple(parents), tuple(saved), cells, version, info, out._device)
         out._requires_grad = True
-
-    def _total(self, backend: Any, results: Sequence[Any], mean: bool, rows: int) -> tuple[Any, Any]:
-        if not self.weighted or not mean:
-            scale = 1.0 if self.weighted else _scale(mean, rows)
-            return backend.sum(results[0], (0,), False, None, scale), scale
-        both = backend.weighted_mean(results[0], results[1])
-        return both[0:1].reshape(()), both[1:2].reshape(())
 
     def backward(self, node: Node, gradient: Any, walk: Any) -> list[Any]:
         if node.info[1] is None:

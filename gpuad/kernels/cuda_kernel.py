@@ -1,114 +1,23 @@
 """A formula as a CUDA kernel: the source text, and its launch through CuPy.
 
 The elementwise kernel is handed to cupy.ElementwiseKernel, which adds broadcasting, strides and the index loop; a
-formula with a sum behind it to cupy.ReductionKernel. Python numbers are kernel arguments, so a new value never compiles
+formula with a sum behind it is in sum_cuda.py. Python numbers are kernel arguments, so a new value never compiles
 a new kernel. float16 is read and written as such and computed in float32.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpuad.kernels.expr import Constant, Expr, topological
+from gpuad.kernels.cuda_source import C_TYPES, PREAMBLE, compute_dtype, dtype_codes, dtype_names, write_statements
+from gpuad.kernels.expr import Expr
+from gpuad.kernels.sum_cuda import SumKernel
 
 if TYPE_CHECKING:
     from gpuad.kernels.formula import Formula
-
-C_TYPES = {
-    "float16": "float16", "float32": "float", "float64": "double", "int8": "signed char", "int16": "short",
-    "int32": "int", "int64": "long long", "uint8": "unsigned char", "bool": "bool",
-}  # fmt: skip
-
-# What CUDA C has no operator for. Integers and floats differ in division and remainder; maxima let NaN through.
-PREAMBLE = r"""
-template <typename T> __device__ inline bool gpuad_isnan(T x) { return x != x; }
-template <typename T> __device__ inline bool gpuad_isfinite(T x) { return x - x == T(0); }
-template <typename T> __device__ inline bool gpuad_isinf(T x) { return x == x && !gpuad_isfinite(x); }
-template <typename T> __device__ inline T gpuad_maximum(T a, T b) { return (a > b || a != a) ? a : b; }
-template <typename T> __device__ inline T gpuad_minimum(T a, T b) { return (a < b || a != a) ? a : b; }
-__device__ inline float gpuad_fmod(float a, float b) { return fmodf(a, b); }
-__device__ inline double gpuad_fmod(double a, double b) { return fmod(a, b); }
-template <typename T> __device__ inline T gpuad_fmod(T a, T b) { return b == T(0) ? T(0) : a % b; }
-template <typename T> __device__ inline T gpuad_remainder(T a, T b) {
-  T r = gpuad_fmod(a, b);
-  return (r != T(0) && ((r < T(0)) != (b < T(0)))) ? r + b : r;
-}
-__device__ inline float gpuad_floor_divide(float a, float b) {
-  if (b == 0.0f) return a / b;
-  float m = fmodf(a, b), d = (a - m) / b;
-  if (m != 0.0f && (b < 0.0f) != (m < 0.0f)) d -= 1.0f;
-  float f = floorf(d);
-  return d - f > 0.5f ? f + 1.0f : f;
-}
-__device__ inline double gpuad_floor_divide(double a, double b) {
-  if (b == 0.0) return a / b;
-  double m = fmod(a, b), d = (a - m) / b;
-  if (m != 0.0 && (b < 0.0) != (m < 0.0)) d -= 1.0;
-  double f = floor(d);
-  return d - f > 0.5 ? f + 1.0 : f;
-}
-template <typename T> __device__ inline T gpuad_floor_divide(T a, T b) {
-  if (b == T(0)) return T(0);
-  T q = a / b;
-  return (a % b != T(0) && ((a < T(0)) != (b < T(0)))) ? q - T(1) : q;
-}
-__device__ inline float gpuad_pow(float a, float b) { return powf(a, b); }
-__device__ inline double gpuad_pow(double a, double b) { return pow(a, b); }
-template <typename T> __device__ inline T gpuad_pow(T a, T b) {
-  if (b < T(0)) return a == T(1) ? T(1) : a == T(-1) ? (b % T(2) ? T(-1) : T(1)) : T(0);
-  T r = 1;
-  for (; b > T(0); b /= T(2)) { if (b % T(2)) r *= a; a *= a; }
-  return r;
-}
-"""
-
-
-def dtype_codes(arguments: Sequence[Any], array_type: Any) -> tuple[str | None, ...]:
-    """What a kernel is looked up by: the dtype of each array, None for numbers. Names take a microsecond to make."""
-    return tuple([a.dtype.char if isinstance(a, array_type) else None for a in arguments])
-
-
-def dtype_names(codes: Sequence[str | None]) -> tuple[str | None, ...]:
-    """The names of the dtypes in what dtype_codes made."""
-    return tuple([None if c is None else np.dtype(c).name for c in codes])
-
-
-def compute_dtype(dtype: np.dtype) -> np.dtype:
-    """The dtype of the arithmetic inside a kernel: float32 for float16, else the dtype itself."""
-    return np.dtype(np.float32) if dtype == np.float16 else dtype
-
-
-def literal(value: bool | int | float, c_type: str) -> str:
-    """A Python number as a C expression of `c_type`."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if math.isnan(value):
-        return f"({c_type})(0.0 / 0.0)"
-    if math.isinf(value):
-        return f"({c_type})({'-' if value < 0 else ''}1.0 / 0.0)"
-    if c_type in ("float", "double"):
-        return f"({c_type})({float(value)!r})"
-    return f"({c_type})({value!r})"
-
-
-def write_statements(outputs: Sequence[Expr], names: dict[Expr, str], c_type: str) -> list[str]:
-    """One C statement for each node that is not in `names` yet; `names` gets the name of each."""
-    lines = []
-    for node in topological(outputs):
-        if node in names:
-            continue
-        if isinstance(node, Constant):
-            names[node] = literal(node.value, c_type)
-            continue
-        kind = "bool" if node.function.result == "bool" else c_type
-        expression = node.function.cuda.format(*(names[a] for a in node.args), T=c_type)
-        names[node] = f"v{len(names)}"
-        lines.append(f"const {kind} {names[node]} = {expression};")
-    return lines
 
 
 class CudaKernel:
@@ -117,6 +26,7 @@ class CudaKernel:
     def __init__(self, formula: Formula) -> None:
         self.formula = formula
         self._kernels: dict[tuple, Any] = {}
+        self._sum: SumKernel | None = None
 
     def _parameters(self, key: tuple, dtype: np.dtype) -> tuple[list[str], list[str], dict[Expr, str]]:
         """Parameter declarations, the statements that convert them to the compute type, the names of the variables."""
@@ -174,34 +84,9 @@ class CudaKernel:
         out: Any = None,
     ) -> Any:
         """scale · the sum over `axes` of the (one) output, in `out` where it is given: one launch."""
-        import cupy
-
-        key = dtype_codes(arguments, cupy.ndarray)
-        kernel = self._kernels.get(("sum", key, dtype))
-        if kernel is None:
-            kernel = self._kernels["sum", key, dtype] = self._reduction(cupy, dtype_names(key), dtype)
-        return kernel(*arguments, scale, axis=axes, keepdims=keepdims, out=out)
-
-    def _reduction(self, cupy: Any, key: tuple, dtype: np.dtype) -> Any:
-        formula = self.formula
-        c_type = C_TYPES[compute_dtype(dtype).name]
-        declarations, lines, names = self._parameters(key, dtype)
-        lines += write_statements(formula.outputs, names, c_type)
-        typed = ", ".join(f"{C_TYPES[d.split()[0]]} {d.split()[1]}" for d in declarations)
-        function = f"__device__ inline {c_type} gpuad_map({typed}) {{\n" + "\n".join(lines)
-        function += f"\nreturn ({c_type}){names[formula.outputs[0]]};\n}}\n"
-        scale_type = c_type if c_type in ("float", "double") else "long long"
-        return cupy.ReductionKernel(
-            ", ".join([*declarations, f"{_NAMES[scale_type]} scale"]),
-            f"{formula.out_dtype(0, dtype).name} o0",
-            f"gpuad_map({', '.join(f'x{i}' for i in range(len(formula.inputs)))})",
-            "a + b",
-            "o0 = a * scale",
-            "0",
-            f"gpuad_{formula.name}_sum",
-            reduce_type=c_type if c_type != "bool" else "long long",
-            preamble=PREAMBLE + function,
-        )
+        if self._sum is None:
+            self._sum = SumKernel(self.formula)
+        return self._sum(arguments, dtype, axes, keepdims, scale, out)
 
 
 # CuPy's names of the compute types, as it writes them in parameter declarations.

@@ -1,8 +1,9 @@
-"""A row formula as one CUDA kernel: a block of threads a row.
+"""A row formula as one CUDA kernel: a warp a row, or a block of threads for long rows.
 
 The row functions are put in stages: those of one stage need only the results of earlier stages, so one pass over the
 row feeds them all, and a last pass writes the elements. Elements are read again in each pass (from cache) rather than
-kept. Strides are arguments, so broadcast and transposed operands are read where they lie.
+kept. Strides are arguments, so broadcast and transposed operands are read where they lie. A sum over the rows (a loss)
+is part of the same launch, see last_block.py.
 """
 
 from __future__ import annotations
@@ -13,18 +14,32 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpuad.array.device import of_array
-from gpuad.kernels import derive
-from gpuad.kernels.cuda_kernel import C_TYPES, PREAMBLE, compute_dtype, dtype_codes, dtype_names, literal
+from gpuad.kernels import derive, last_block
+from gpuad.kernels.cuda_source import C_TYPES, PREAMBLE, compute_dtype, dtype_codes, dtype_names, literal
 from gpuad.kernels.expr import Constant, Expr, Variable, topological
 from gpuad.kernels.scalar import column, row_at, row_length, row_logsumexp, row_max, row_sum, where
 
 if TYPE_CHECKING:
     from gpuad.kernels.formula import Formula
 
-# Reductions by all threads of a block, through shared memory; every thread gets the result. A running maximum and sum
-# make logsumexp one pass (Milakov & Gimelshein, arXiv:1805.02867); an infinite maximum is its own result.
-_REDUCTIONS = r"""
-template <typename T> __device__ inline T gpuad_block_sum(T x, T* shared) {
+# Rows of up to so many elements have a warp each, ROWS of them in a block: no barriers, and no idle threads.
+WARP_COLUMNS = 1024
+ROWS = 8
+
+# Reductions by all threads of a row; every thread gets the result. A running maximum and sum make logsumexp one pass
+# (Milakov & Gimelshein, arXiv:1805.02867); an infinite maximum is its own result.
+_WARP = r"""
+template <typename T> __device__ inline T gpuad_row_sum(T x, T* shared) {
+  for (int n = 16; n > 0; n >>= 1) x += __shfl_xor_sync(0xffffffffu, x, n);
+  return x;
+}
+template <typename T> __device__ inline T gpuad_row_max(T x, T* shared) {
+  for (int n = 16; n > 0; n >>= 1) x = gpuad_maximum(x, __shfl_xor_sync(0xffffffffu, x, n));
+  return x;
+}
+"""
+_BLOCK = r"""
+template <typename T> __device__ inline T gpuad_row_sum(T x, T* shared) {
   __syncthreads();
   shared[threadIdx.x] = x;
   __syncthreads();
@@ -34,7 +49,7 @@ template <typename T> __device__ inline T gpuad_block_sum(T x, T* shared) {
   }
   return shared[0];
 }
-template <typename T> __device__ inline T gpuad_block_max(T x, T* shared) {
+template <typename T> __device__ inline T gpuad_row_max(T x, T* shared) {
   __syncthreads();
   shared[threadIdx.x] = x;
   __syncthreads();
@@ -44,18 +59,42 @@ template <typename T> __device__ inline T gpuad_block_max(T x, T* shared) {
   }
   return shared[0];
 }
+"""
+_LOGSUMEXP = r"""
 template <typename T> __device__ inline void gpuad_online(T x, T& highest, T& total) {
   if (x != x) { highest = x; total = x; }
   else if (x > highest) { total = total * exp(highest - x) + T(1); highest = x; }
   else if (x - x == T(0)) total += exp(x - highest);
   else if (x > T(0)) total += T(1);
 }
-template <typename T> __device__ inline T gpuad_block_logsumexp(T highest, T total, T* shared) {
-  T top = gpuad_block_max(highest, shared);
+template <typename T> __device__ inline T gpuad_row_logsumexp(T highest, T total, T* shared) {
+  T top = gpuad_row_max(highest, shared);
   if (!(top - top == T(0))) return top;
-  T sum = gpuad_block_sum(total == T(0) ? T(0) : total * exp(highest - top), shared);
+  T sum = gpuad_row_sum(total == T(0) ? T(0) : total * exp(highest - top), shared);
   return top + log(sum);
 }
+"""
+
+# After the rows: their terms and weights summed over the block, then, by the last block, over all.
+_TOTALS = r"""
+__shared__ {T} totals[2][{rows}];
+if (threadIdx.x == 0) {{ totals[0][threadIdx.y] = term_sum; totals[1][threadIdx.y] = weight_sum; }}
+__syncthreads();
+if (threadIdx.x == 0 && threadIdx.y == 0) {{
+  for (unsigned i = 1; i < blockDim.y; ++i) {{ term_sum += totals[0][i]; weight_sum += totals[1][i]; }}
+  partials[2 * blockIdx.x] = term_sum; partials[2 * blockIdx.x + 1] = weight_sum;
+}}
+if (!gpuad_is_last_block(counters, gridDim.x) || threadIdx.y > 0 || threadIdx.x >= 32) return;
+term_sum = 0; weight_sum = 0;
+for (unsigned i = threadIdx.x; i < gridDim.x; i += 32) {{
+  term_sum += partials[2 * i]; weight_sum += partials[2 * i + 1];
+}}
+for (int n = 16; n > 0; n >>= 1) {{
+  term_sum += __shfl_xor_sync(0xffffffffu, term_sum, n); weight_sum += __shfl_xor_sync(0xffffffffu, weight_sum, n);
+}}
+if (threadIdx.x == 0) {{
+  total[0] = ({stored})(mean ? term_sum / weight_sum : term_sum * scale); total[1] = ({stored})weight_sum;
+}}
 """
 
 
@@ -93,8 +132,14 @@ class RowKernel:
                 stages[below].append(node)
         return stages
 
-    def source(self, dtype: np.dtype | None = None, key: tuple | None = None) -> str:
-        """The CUDA C source for numbers computed in `dtype`; key: the dtype name of each array, None for numbers."""
+    def source(
+        self, dtype: np.dtype | None = None, key: tuple | None = None, warp: bool = True, summed: int = 0
+    ) -> str:
+        """The CUDA C source for numbers computed in `dtype`; key: the dtype name of each array, None for numbers.
+
+        warp: a warp a row instead of a block. summed: how many of the first outputs (terms, and their weights) are only
+        summed over the rows.
+        """
         dtype = np.dtype(np.float32) if dtype is None else dtype
         formula = self.formula
         if key is None:
@@ -121,28 +166,42 @@ class RowKernel:
             else:
                 parameters += [f"const long long r{i}", f"const long long s{i}"]
                 loads_element[variable] = f"const {kind} u{i} = ({kind})p{i}[row * r{i} + c * s{i}];"
-        for i in range(len(formula.outputs)):
+        stored = c_types[formula.out_dtype(0, dtype).name]
+        for i in range(summed, len(formula.outputs)):
             parameters.append(f"{c_types[formula.out_dtype(i, dtype).name]}* o{i}")
-        body = self._body(T, names, loads_element, dtype, c_types)
+        body = self._body(T, names, loads_element, dtype, c_types, summed)
+        before, after = "", ""
+        if summed:
+            parameters += [f"{stored}* total", f"{T}* partials", "unsigned int* counters", f"const {T} scale"]
+            parameters.append("const bool mean")
+            before = f"{T} term_sum = 0, weight_sum = 0;\n"
+            after = _TOTALS.format(T=T, rows=ROWS, stored=stored)
         fault = ["const unsigned long long u_fault", "const int u_code"] if self.checks else []
         pieces = [
             "#include <cuda_fp16.h>\n" if "float16" in (*key, dtype.name) else "",
             PREAMBLE,
             _fault_source() if self.checks else "",
-            _REDUCTIONS,
+            _WARP if warp else _BLOCK,
+            _LOGSUMEXP,
+            last_block.SOURCE if summed else "",
             f'extern "C" __global__ void gpuad_{formula.name}(',
             ", ".join([*parameters, *fault, "const long long rows", "const long long C"]),
             ") {\n",
             f"extern __shared__ double gpuad_shared[];\n{T}* shared = ({T}*)gpuad_shared;\n",
             "\n".join(loads_scalar),
-            "\nfor (long long row = blockIdx.x; row < rows; row += gridDim.x) {\n",
+            "\n",
+            before,
+            "for (long long row = (long long)blockIdx.x * blockDim.y + threadIdx.y; row < rows;\n",
+            "     row += (long long)gridDim.x * blockDim.y) {\n",
             "\n".join([*loads_row, *body]),
-            "\n}\n}\n",
+            "\n}\n",
+            after,
+            "}\n",
         ]
         return "".join(pieces)
 
     def _body(
-        self, T: str, names: dict[Expr, str], loads: dict[Variable, str], dtype: np.dtype, c_types: dict
+        self, T: str, names: dict[Expr, str], loads: dict[Variable, str], dtype: np.dtype, c_types: dict, summed: int
     ) -> list[str]:
         lines: list[str] = []
         for n, stage in enumerate(self._stages()):
@@ -174,17 +233,19 @@ class RowKernel:
                 names[node] = f"w{n}_{k}"
                 call = {row_sum: "sum", row_max: "max", row_logsumexp: "logsumexp"}[node.function]
                 partial = f"a{n}_{k}, b{n}_{k}" if node.function is row_logsumexp else f"a{n}_{k}"
-                lines.append(f"const {T} w{n}_{k} = gpuad_block_{call}({partial}, shared);")
-        self._write_outputs(T, names, loads, dtype, c_types, lines)
+                lines.append(f"const {T} w{n}_{k} = gpuad_row_{call}({partial}, shared);")
+        self._write_outputs(T, names, loads, dtype, c_types, summed, lines)
         return lines
 
     def _write_outputs(
-        self, T: str, names: dict[Expr, str], loads: dict, dtype: np.dtype, c_types: dict, lines: list[str]
+        self, T: str, names: dict[Expr, str], loads: dict, dtype: np.dtype, c_types: dict, summed: int, lines: list[str]
     ) -> None:
         formula = self.formula
         types = [c_types[formula.out_dtype(i, dtype).name] for i in range(len(formula.outputs))]
         self._write_rows(list(formula.outputs), names, lines, T)
-        by_row = [i for i, level in enumerate(formula.levels) if level != "element"]
+        for name, output in zip(("term_sum", "weight_sum"), formula.outputs[:summed], strict=False):
+            lines.append(f"if (threadIdx.x == 0) {name} += {self._text(output, names, T)};")
+        by_row = [i for i, level in enumerate(formula.levels) if level != "element" and i >= summed]
         for i in by_row:
             lines.append(f"if (threadIdx.x == 0) o{i}[row] = ({types[i]})({self._text(formula.outputs[i], names, T)});")
         elements = [i for i, level in enumerate(formula.levels) if level == "element"]
@@ -246,29 +307,38 @@ class RowKernel:
 
     def __call__(self, arguments: Sequence[Any], dtype: np.dtype, outs: Sequence[Any] | None = None) -> list[Any]:
         """The outputs, a list of arrays."""
+        return self._run(arguments, dtype, 0, ())
+
+    def total(self, arguments: Sequence[Any], dtype: np.dtype, summed: int, scale: float, mean: bool) -> list[Any]:
+        """[(scale · Σ terms, Σ weights), *the other outputs]; with `mean` the first is Σ terms / Σ weights."""
+        return self._run(arguments, dtype, summed, (compute_dtype(dtype).type(scale), np.bool_(mean)))
+
+    def _run(self, arguments: Sequence[Any], dtype: np.dtype, summed: int, settings: tuple) -> list[Any]:
         import cupy
 
         formula = self.formula
         key = dtype_codes(arguments, cupy.ndarray)
         shape = next(a.shape for a, v in zip(arguments, formula.inputs, strict=True) if v.level == "element")
         rows, columns = shape
+        shapes = {"element": shape, "row": shape[:1], "scalar": ()}
         made = [
-            cupy.empty({"element": shape, "row": shape[:1], "scalar": ()}[level], formula.out_dtype(i, dtype))
-            for i, level in enumerate(formula.levels)
+            cupy.empty(shapes[formula.levels[i]], formula.out_dtype(i, dtype))
+            for i in range(summed, len(formula.outputs))
         ]
-        if not rows or not columns:
+        if not columns or not (rows or summed):
             for out in made:
                 out.fill(0)
-            return made
-        kernel = self._kernels.get((key, dtype))
+            return [_empty_total(cupy, dtype, rows, settings), *made] if summed else made
+        warp = columns <= WARP_COLUMNS
+        kernel = self._kernels.get((key, dtype, warp, summed))
         if kernel is None:
-            name = f"gpuad_{formula.name}"
-            kernel = self._kernels[key, dtype] = cupy.RawKernel(self.source(dtype, dtype_names(key)), name)
-        scalar = compute_dtype(dtype).type
+            source = self.source(dtype, dtype_names(key), warp, summed)
+            kernel = self._kernels[key, dtype, warp, summed] = cupy.RawKernel(source, f"gpuad_{formula.name}")
+        compute = compute_dtype(dtype)
         call: list[Any] = []
         for argument, variable in zip(arguments, formula.inputs, strict=True):
             if not isinstance(argument, cupy.ndarray):
-                call.append(np.int64(argument) if variable.kind == "label" else scalar(argument))
+                call.append(np.int64(argument) if variable.kind == "label" else compute.type(argument))
                 continue
             call.append(argument)
             size = argument.dtype.itemsize
@@ -276,53 +346,25 @@ class RowKernel:
                 call.append(np.int64(argument.strides[0] // size if argument.ndim else 0))
             elif variable.level == "element":
                 call += [np.int64(s // size) for s in argument.strides]
-        # Threads: enough for the row, a power of two, at most 256; blocks: one a row.
-        threads = 32
-        while threads < 256 and threads < columns:
-            threads *= 2
+        call += made
+        block = (32, ROWS) if warp else (256 if columns <= 4096 else 512, 1)
+        grid = max(1, min(-(-rows // block[1]), last_block.BLOCKS if summed else 1 << 20))
+        if summed:
+            total = cupy.ndarray((2,), dtype)
+            call += [total, cupy.ndarray((2 * grid,), compute), last_block.counters(), *settings]
+            made = [total, *made]
         if self.checks:
-            backend: Any = of_array(made[0]).backend
-            address, code = backend.fault("class index")
-            made_arguments = [*made, np.uint64(address), np.int32(code)]
-        else:
-            made_arguments = made
-        kernel((min(rows, 1 << 20),), (threads,), (*call, *made_arguments, np.int64(rows), np.int64(columns)),
-               shared_mem=threads * compute_dtype(dtype).itemsize)  # fmt: skip
+            address, code = of_array(made[0]).backend.fault("class index")
+            call += [np.uint64(address), np.int32(code)]
+        call += [np.int64(rows), np.int64(columns)]
+        kernel((grid,), block, tuple(call), shared_mem=0 if warp else block[0] * compute.itemsize)
         return made
 
 
-_WEIGHTED_MEAN = r"""
-extern "C" __global__ void gpuad_weighted_mean(const {s}* terms, const {s}* weights, {s}* out, const long long n) {{
-  __shared__ {T} a[256], b[256];
-  {T} x = 0, w = 0;
-  for (long long i = threadIdx.x; i < n; i += 256) {{ x += ({T})terms[i]; w += ({T})weights[i]; }}
-  a[threadIdx.x] = x; b[threadIdx.x] = w;
-  __syncthreads();
-  for (unsigned k = 128; k > 0; k >>= 1) {{
-    if (threadIdx.x < k) {{ a[threadIdx.x] += a[threadIdx.x + k]; b[threadIdx.x] += b[threadIdx.x + k]; }}
-    __syncthreads();
-  }}
-  if (threadIdx.x == 0) {{ out[0] = ({s})(a[0] / b[0]); out[1] = ({s})b[0]; }}
-}}
-"""
-_weighted_mean: dict[str, Any] = {}
-
-
-def weighted_mean(terms: Any, weights: Any) -> Any:
-    """(Σ terms / Σ weights, Σ weights) of two contiguous vectors: one launch of one block."""
-    import cupy
-
-    name = terms.dtype.name
-    kernel = _weighted_mean.get(name)
-    if kernel is None:
-        stored = {**C_TYPES, "float16": "__half"}[name]
-        source = "#include <cuda_fp16.h>\n" + _WEIGHTED_MEAN.format(
-            s=stored, T=C_TYPES[compute_dtype(terms.dtype).name]
-        )
-        kernel = _weighted_mean[name] = cupy.RawKernel(source, "gpuad_weighted_mean")
-    out = cupy.empty(2, terms.dtype)
-    kernel((1,), (256,), (terms, weights, out, np.int64(terms.size)))
-    return out
+def _empty_total(cupy: Any, dtype: np.dtype, rows: int, settings: tuple) -> Any:
+    """The totals where rows have no elements: as NumPy's, 0 · scale and 0 / 0."""
+    scale, mean = settings
+    return cupy.asarray(np.array([np.nan if mean else np.float64(0) * scale, 0], dtype))
 
 
 def _is_label(node: Expr) -> bool:

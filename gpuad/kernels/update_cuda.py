@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpuad.kernels.cuda_kernel import C_TYPES, PREAMBLE, compute_dtype, write_statements
+from gpuad.kernels.cuda_source import C_TYPES, PREAMBLE, compute_dtype, write_statements
 from gpuad.kernels.expr import Expr
 
 if TYPE_CHECKING:
