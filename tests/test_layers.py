@@ -213,6 +213,28 @@ def test_dropout_masks_are_the_same_on_every_device(device):
     assert np.array_equal(*masks)
 
 
+def test_dropout_stores_no_mask_and_drops_what_is_not_finite(device):
+    x = gpuad.full((20, 30), float("inf"), device=device, requires_grad=True)
+    y = nn.functional.dropout(x.T, 0.5)
+    assert set(np.unique(array(y))) == {0.0, np.inf}
+    assert y.grad_fn.saved == ()
+    y.backward(gpuad.ones(30, 20, device=device))
+    assert np.array_equal(array(x.grad.T) != 0, array(y) != 0)
+
+
+def test_dropout_is_one_launch_each_way(cuda_device, counts):
+    x = gpuad.randn(64, 32, device="cuda", requires_grad=True)
+    g = gpuad.ones(64, 32, device="cuda")
+    nn.functional.dropout(x, 0.5).backward(g)
+    with counts() as forward:
+        y = nn.functional.dropout(x, 0.5)
+    with counts() as backward:
+        y.backward(g)
+    assert forward.kernel_launches == 1
+    assert set(backward.stats["kernels"]) <= {"gpuad_draw", "cupy_add__float32_float32_float32"}, backward.stats
+    assert backward.stats["kernels"]["gpuad_draw"] == 1
+
+
 # ---------------------------------------------------------------------- normalisation
 
 

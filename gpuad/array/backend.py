@@ -113,6 +113,10 @@ class Backend:
         """A fresh C-contiguous copy."""
         return array.copy("C")
 
+    def contiguous(self, array: Any) -> Any:
+        """The array in C order: itself where it is."""
+        return array if array.flags.c_contiguous else self.copy(array)
+
     def gemm(self, a: Any, b: Any, out: Any = None, alpha: float = 1.0, beta: float = 0.0) -> Any:
         """alpha · a @ b + beta · out, on matrices or stacks of them (numpy.matmul's rules for shapes)."""
         raise NotImplementedError

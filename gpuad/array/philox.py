@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 __all__ = [
-    "CUDA_PHILOX", "UNIFORM_BITS", "WORDS_PER_BLOCK", "Draw", "bernoulli", "integers", "normal", "philox_numpy",
-    "uniform",
+    "CUDA_PHILOX", "UNIFORM_BITS", "WORDS_PER_BLOCK", "Draw", "bernoulli", "dropout", "integers", "normal",
+    "philox_numpy", "uniform",
 ]  # fmt: skip
 
 WORDS_PER_BLOCK = 4
@@ -359,3 +359,25 @@ def _bernoulli(words: np.ndarray, out: np.ndarray, threshold: Any) -> None:
         np.less(bits, np.uint32(threshold), out)
     else:
         out[...] = bits < np.uint32(threshold)
+
+
+@cache
+def dropout(dtype: np.dtype) -> Draw:
+    """x scale where 32 random bits, as a fraction of 2**32, are below p, else 0: what `bernoulli` says True for.
+
+    Arguments: the array of all x, scale, ceil(p * 2**32). float16 is computed in float32.
+    """
+    real = "double" if dtype.char == "d" else "float"
+    return Draw("dropout", dtype, 2, _dropout, f"""
+    #pragma unroll
+    for (int j = 0; j < 8; ++j) {{
+        v[j] = (value_type)(first + j < n && {_BITS32} < threshold ? ({real})x[first + j] * scale : ({real})0);
+    }}
+""", f"const value_type* x, {real} scale, word threshold")  # fmt: skip
+
+
+def _dropout(words: np.ndarray, out: np.ndarray, x: np.ndarray, scale: np.floating, threshold: int) -> None:
+    kept = words.view(np.uint32)[: out.size] < np.uint32(threshold)
+    np.multiply(x, scale, out, casting="same_kind")
+    bits = out.view(f"i{out.itemsize}")  # masked by its bits: 0 also for what is not finite
+    bits &= np.negative(kept.view(np.int8), dtype=bits.dtype)

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,8 +21,8 @@ from gpuad.array import philox
 from gpuad.errors import DeviceError, DtypeError, ShapeError
 
 __all__ = [
-    "CapturedDraws", "Generator", "bernoulli", "default_generator", "initial_seed", "integers",
-    "manual_seed", "normal", "permutation", "seed", "uniform",
+    "CapturedDraws", "Generator", "Taken", "bernoulli", "default_generator", "dropout", "initial_seed", "integers",
+    "manual_seed", "normal", "permutation", "seed", "take_dropout", "uniform",
 ]  # fmt: skip
 
 DEFAULT_SEED = 67280421310721  # PyTorch's, of a Generator that was given none
@@ -268,6 +268,33 @@ def bernoulli(
     return _draw(philox.bernoulli(dtype, p.dtype), generator, p.shape, (p.reshape(-1),), device, out)
 
 
+class Taken(NamedTuple):
+    """Philox blocks taken from a generator: they give the same numbers whenever they are asked.
+
+    state: the address of device memory with seed and base block, for a kernel that is being captured; else 0.
+    """
+
+    state: int
+    seed: int
+    block: int
+
+
+def take_dropout(generator: Generator | None, size: int, device: int | None = None) -> Taken:
+    """The blocks for dropping elements of an array of `size`, as many as `bernoulli` takes."""
+    generator = default_generator if generator is None else generator
+    return _take(generator, philox.bernoulli(np.dtype(np.bool_)).blocks(size), device)
+
+
+def dropout(x: Any, p: float, taken: Taken) -> Any:
+    """x / p where a Bernoulli draw with probability 0 < p < 1 is 1, else 0: the same elements for the same blocks.
+
+    x: a C-contiguous floating NumPy or CuPy array.
+    """
+    real = np.float64 if x.dtype.char == "d" else np.float32
+    arguments = (x.reshape(-1), real(1.0 / p), min(math.ceil(p * 2**32), 2**32 - 1))
+    return _run(philox.dropout(x.dtype), taken, x.shape, arguments, None if isinstance(x, np.ndarray) else x.device.id)
+
+
 def permutation(generator: Generator | None, n: int, device: int | None = None) -> Any:
     """The integers 0 to n - 1 (int64) in random order: a sort of random words that carry the index in their low bits.
 
@@ -307,34 +334,42 @@ def _draw(
     generator = default_generator if generator is None else generator
     if out is not None:
         shape, device = out.shape, None if isinstance(out, np.ndarray) else out.device.id
+    return _run(draw, _take(generator, draw.blocks(math.prod(shape)), device), shape, arguments, device, out)
+
+
+def _take(generator: Generator, blocks: int, device: int | None) -> Taken:
+    if device is not None and blocks:
+        import cupy
+
+        with cupy.cuda.Device(device):
+            if cupy.cuda.runtime.streamIsCapturing(cupy.cuda.get_current_stream().ptr):
+                return Taken(*generator._reserve_captured(device, blocks))
+    return Taken(0, *generator.reserve(blocks))
+
+
+def _run(
+    draw: philox.Draw, taken: Taken, shape: Any, arguments: tuple[Any, ...], device: int | None, out: Any = None
+) -> Any:
     if device is not None:
-        return _draw_cuda(draw, generator, shape, arguments, device, out)
+        return _run_cuda(draw, taken, shape, arguments, device, out)
     result = np.empty(shape, draw.dtype) if out is None or not out.flags.c_contiguous else out
-    seed, block = generator.reserve(draw.blocks(result.size))
-    draw.fill(result.reshape(-1), seed, block, arguments)
+    draw.fill(result.reshape(-1), taken.seed, taken.block, arguments)
     if out is None or result is out:
         return result
     out[...] = result
     return out
 
 
-def _draw_cuda(
-    draw: philox.Draw, generator: Generator, shape: Any, arguments: tuple[Any, ...], device: int, out: Any
-) -> Any:
+def _run_cuda(draw: philox.Draw, taken: Taken, shape: Any, arguments: tuple[Any, ...], device: int, out: Any) -> Any:
     import cupy
 
-    runtime = cupy.cuda.runtime
-    if runtime.getDevice() != device:
+    if cupy.cuda.runtime.getDevice() != device:
         with cupy.cuda.Device(device):
-            return _draw_cuda(draw, generator, shape, arguments, device, out)
+            return _run_cuda(draw, taken, shape, arguments, device, out)
     result = cupy.empty(shape, draw.dtype) if out is None or not out.flags.c_contiguous else out
     if result.size:
-        blocks = draw.blocks(result.size)
-        if runtime.streamIsCapturing(cupy.cuda.get_current_stream().ptr):
-            state, seed, block = generator._reserve_captured(device, blocks)
-        else:
-            state, (seed, block) = 0, generator.reserve(blocks)
-        grid = (-(-blocks // _THREADS),)
+        grid = (-(-draw.blocks(result.size) // _THREADS),)
+        state, seed, block = taken
         _kernel(draw)(grid, (_THREADS,), (result, result.size, state, np.uint64(seed), block, *arguments))
     if out is not None and result is not out:
         out[...] = result

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from gpuad.array import random
-from gpuad.autograd.elementwise import elementwise
 from gpuad.autograd.op import function
-from gpuad.kernels.scalar import where
+from gpuad.autograd.primitive import Primitive, linear, primitive
 from gpuad.ops.samples import S
-from gpuad.tensor import Tensor, wrap
+from gpuad.tensor import Tensor
 
-keep = elementwise("keep", lambda input, kept, scale: where(kept, input * scale, 0.0),
-                   [(S((3, 4)), S((3, 4), kind="bool"), 2.0)], "input · scale where kept, else 0.",
-                   nn=True)  # fmt: skip
+# Which elements are dropped is never stored: `taken`, blocks of random numbers, tells it again in the backward pass.
+drop: Primitive = primitive(
+    "dropout",
+    lambda backend, input, *, p, taken: random.dropout(backend.contiguous(input), p, taken),
+    vjp={"input": lambda g, p, taken: drop(g, p=p, taken=taken)},
+    jvp=linear,
+    samples=[
+        (S(shape), {"p": p, "taken": random.Taken(0, 7, 3)})
+        for shape, p in (((3, 4), 0.5), ((5, 7), 0.9), ((), 0.5), ((0, 3), 0.5))
+    ],
+    doc="input / p where a random number is below p, else 0.",
+)
 
 
 @function(nn=True)
@@ -27,6 +35,6 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     if p == 1.0:
         out = input * 0.0
     else:
-        kept = random.bernoulli(None, 1.0 - p, input._data.shape, device=input._device.index)
-        out = keep(input, wrap(kept, input._device), 1.0 / (1.0 - p))
+        taken = random.take_dropout(None, input._data.size, input._device.index)
+        out = drop(input, p=1.0 - p, taken=taken)
     return input.copy_(out) if inplace else out
