@@ -92,3 +92,38 @@ def test_the_mean_loss_of_nothing_is_nan(cuda_device):
         assert F.cross_entropy(none, labels, reduction="sum").item() == 0
         every = gpuad.full((4,), -100, dtype=gpuad.int64, device=device)
         assert np.isnan(F.cross_entropy(gpuad.zeros(4, 3, device=device), every).item())
+
+
+@pytest.fixture
+def deterministic():
+    gpuad.use_deterministic_algorithms(True)
+    yield
+    gpuad.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x, i: x[i],
+        lambda x, i: x[:, i % 3],
+        lambda x, i: x[i, i % 3],
+        lambda x, i: x.gather(0, i[:, None].expand(len(i), 3)),
+        lambda x, i: F.embedding(i, x, padding_idx=1),
+        lambda x, i: x.T[:, i],
+    ],
+    ids=["rows", "columns", "elements", "gather", "embedding", "transposed"],
+)
+def test_deterministic_gradients_of_indexing(cuda_device, counts, deterministic, use, dtype):
+    assert gpuad.are_deterministic_algorithms_enabled()
+    index = np.random.default_rng(0).integers(0, 5, 40)
+    gradients = []
+    for device in ("cpu", "cuda"):
+        x = gpuad.ones(5, 3, dtype=getattr(gpuad, dtype), device=device, requires_grad=True)
+        y = use(x, gpuad.tensor(index, device=device))
+        with counts() as r:
+            y.backward(gpuad.arange(y.numel(), device=device).reshape(y.shape).to(x.dtype) / 8)
+        gradients.append(x.grad.cpu().numpy())
+        if device == "cuda":
+            assert "gpuad_add_at_in_order" in r.stats["kernels"] and not r.syncs
+    np.testing.assert_array_equal(*gradients)  # eighths: exact in any order

@@ -157,7 +157,8 @@ class Backend:
     def add_at(self, out: Any, key: Any, values: Any) -> None:
         """out[key] += values, where places that `key` names several times take all of theirs.
 
-        On CUDA by atomic additions: sums of floats are then rounded in an order that changes from run to run.
+        On CUDA by atomic additions: sums of floats are then rounded in an order that changes from run to run, unless
+        gpuad.use_deterministic_algorithms(True).
         """
         raise NotImplementedError
 

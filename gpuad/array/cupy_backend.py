@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuad.array import cublas
+from gpuad.array import cublas, deterministic
 from gpuad.array.backend import Backend, Formula
 from gpuad.array.indices import index_error
 from gpuad.array.synchronization import waits
@@ -283,12 +283,15 @@ class CupyBackend(Backend):
 
     @_here
     def add_at(self, out: Any, key: Any, values: Any) -> None:
+        if deterministic.are_deterministic_algorithms_enabled() and out.dtype.kind == "f" and out.dtype.itemsize > 2:
+            deterministic.add_at(cupy, out, key, values)
+            return
         if out.dtype.char in "fdilqILQ":
             cupy.add.at(out, key, values)
             return
         # float16 is accumulated in float32, as in sums; the small integers have no atomic addition.
         wide = out.astype(np.float32 if out.dtype.kind == "f" else np.int32)
-        cupy.add.at(wide, key, values.astype(wide.dtype))
+        self.add_at(wide, key, values.astype(wide.dtype))
         cupy.copyto(out, wide, casting="unsafe")
 
 
