@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from gpuad import Tensor
 
+from .activation import GELU, ReLU
+from .functional import linear_activation
+from .linear import Linear
 from .members import MODULE, PARAMETER
 from .module import Module, indent, repr_tree
 from .parameter import Parameter
@@ -34,6 +37,17 @@ def _renumber(module: Module, values: Iterable[Module]) -> None:
         module.add_module(str(number), value)
 
 
+def _fusible(module: Module) -> str:
+    """The name by which F.linear_activation knows an activation; "" where it does not."""
+    if type(module) is ReLU:
+        return "relu"
+    return "gelu" if type(module) is GELU and module.approximate == "tanh" else ""
+
+
+def _has_hooks(module: Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 class Sequential(Module):
     """Modules called one after the other, each on the output of the one before.
 
@@ -42,21 +56,37 @@ class Sequential(Module):
     """
 
     _layers: tuple[Module, ...]
+    _steps: tuple[tuple[Module, Module | None, str], ...]
 
     def __init__(self, *args: Any) -> None:
         super().__init__()
-        self._layers = ()
+        self._layers = self._steps = ()
         named = args[0].items() if len(args) == 1 and isinstance(args[0], OrderedDict) else enumerate(args)
         for name, module in named:
             self.add_module(str(name), module)
 
     def _members_changed(self) -> None:
-        self.__dict__["_layers"] = tuple(module for _, module in self._members(MODULE))
+        layers = self.__dict__["_layers"] = tuple(module for _, module in self._members(MODULE))
+        # Each layer, with the activation behind a Linear, which a device may be able to compute in the same call.
+        steps: list[tuple[Module, Module | None, str]] = []
+        for layer in layers:
+            name = _fusible(layer)
+            if name and steps and type(steps[-1][0]) is Linear and steps[-1][1] is None:
+                steps[-1] = (steps[-1][0], layer, name)
+            else:
+                steps.append((layer, None, ""))
+        self.__dict__["_steps"] = tuple(steps)
 
     def forward(self, input: Any) -> Any:
         """Pass `input` through all the modules."""
-        for layer in self._layers:
-            input = layer(input)
+        for layer, activation, name in self._steps:
+            if activation is None:
+                input = layer(input)
+            elif _has_hooks(layer) or _has_hooks(activation):
+                input = activation(layer(input))
+            else:
+                fused = linear_activation(input, layer.weight, layer.bias, name)
+                input = activation(layer(input)) if fused is None else fused
         return input
 
     def __getitem__(self, index: Any) -> Any:

@@ -121,6 +121,21 @@ class Backend:
         """alpha · a @ b + beta · out, on matrices or stacks of them (numpy.matmul's rules for shapes)."""
         raise NotImplementedError
 
+    # Whether linear_activation, weight_gradient and input_gradient may do something: see gpuad/ops/linear.py.
+    epilogues: bool = False
+
+    def linear_activation(self, x: Any, weight: Any, bias: Any, activation: str, keep: bool) -> Any:
+        """(activation(x @ weight.T + bias), what input_gradient needs of it, with `keep`) in one call, or None."""
+        return None
+
+    def weight_gradient(self, g: Any, x: Any, out: Any, beta: float, total: Any) -> Any:
+        """The sum of the rows of g, in `total` where given, with out = g.T @ x + beta · out, in one call, or None."""
+        return None
+
+    def input_gradient(self, g: Any, weight: Any, kept: Any, summed: bool, total: Any) -> Any:
+        """(g @ weight times the activation's derivative, with `summed` the sum of its rows) in one call, or None."""
+        return None
+
     def linear(self, x: Any, weight: Any, bias: Any) -> Any:
         """x @ weight.T + bias for matrices; bias may be None."""
         raise NotImplementedError

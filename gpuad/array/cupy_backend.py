@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuad.array import cublas, deterministic
+from gpuad.array import cublas, cublaslt, deterministic
 from gpuad.array.backend import Backend, Formula
 from gpuad.array.indices import index_error
 from gpuad.array.synchronization import waits
@@ -243,8 +243,28 @@ class CupyBackend(Backend):
         out[...] = product
         return out
 
+    @property
+    def epilogues(self) -> bool:  # type: ignore[override]
+        return cublaslt.available()
+
+    @_here
+    def linear_activation(self, x: Any, weight: Any, bias: Any, activation: str, keep: bool) -> Any:
+        return cublaslt.linear(x, weight, bias, activation, keep, self.tf32)
+
+    @_here
+    def weight_gradient(self, g: Any, x: Any, out: Any, beta: float, total: Any) -> Any:
+        return cublaslt.weight_gradient(g, x, out, beta, total, self.tf32)
+
+    @_here
+    def input_gradient(self, g: Any, weight: Any, kept: Any, summed: bool, total: Any) -> Any:
+        return cublaslt.input_gradient(g, weight, kept, summed, total, self.tf32)
+
     @_here
     def linear(self, x: Any, weight: Any, bias: Any) -> Any:
+        if bias is not None and x.dtype.kind == "f" and cublaslt.available():
+            found = cublaslt.linear(x, weight, bias, None, False, self.tf32)
+            if found is not None:
+                return found[0]
         product = self.gemm(x, weight.T)
         return product if bias is None else cupy.add(product, bias, product)
 

@@ -33,6 +33,11 @@ class Walk:
         self.owned: set[Any] = set()  # whose gradient is a buffer made by this walk's own addition
         self.direct: dict[Tensor, Any] = {}  # leaves whose gradient is written straight into their buffer
         self.heap: list[tuple[int, Node]] = []
+        self.sums: dict[int, Any] = {}  # by the id of a pending gradient: the sum of its rows, where it is known
+        self.passed: list[Node] = []
+        self.rooms: dict[Tensor, Any] = {}  # leaves whose empty buffer holds a sum that is not theirs yet
+        self.needed: set[Any] | None = None
+        self.targets: dict[Any, None] = {}
 
     def contribute(self, to: Any, gradient: Any) -> None:
         """Add to the gradient of a node or leaf: kept as it is, then added out of place, then in place."""
@@ -57,6 +62,7 @@ class Walk:
     def run(self, targets: dict[Any, None] | None = None, needed: set[Any] | None = None) -> None:
         """Walk until no node is pending; with `needed`, only nodes that lead to a target."""
         heap, gradients, recorded, retain = self.heap, self.gradients, self.recorded, self.retain
+        self.needed, self.targets = needed, targets or {}
         direct = self.direct
         keep: dict[Any, Any] = {}
         while heap:
@@ -93,6 +99,33 @@ class Walk:
                 if isinstance(parent, Node):
                     heappush(heap, (-parent.number, parent))
         gradients.update(keep)
+        if not retain:
+            for node in self.passed:  # the walk did not stop there, or only for gradients of other uses
+                node.saved, node.cells = None, ()
+
+    def passes(self, node: Node) -> bool:
+        """Whether nobody looks at the gradient of this node's output: an op may hand on what comes after it."""
+        unseen = node.hooks is None and node.retained is None and node not in self.targets
+        return unseen and not self.recorded and (self.needed is None or node in self.needed)
+
+    def pass_by(self, node: Node, gradient: Any, total: Any) -> None:
+        """Hand `gradient`, which is already that of this node's parent, to the parent; total: the sum of its rows."""
+        parent = node.parents[0]
+        if total is not None and parent not in self.gradients:
+            self.sums[id(gradient)] = total
+        self.contribute(parent, gradient)
+        self.passed.append(node)
+
+    def room(self, leaf: Any) -> Any:
+        """The empty buffer of a leaf to compute its gradient in, before it is known whether that is all of it."""
+        if not isinstance(leaf, Tensor) or leaf in self.rooms or not self._has_empty_buffer(leaf):
+            return None
+        buffer = self.rooms[leaf] = leaf._grad_buffer._data  # type: ignore[union-attr]
+        return buffer
+
+    def in_room(self, leaf: Any, total: Any) -> bool:
+        """Whether `total` lies in the buffer of the leaf, where nobody has written since; takes it as the gradient."""
+        return total is self.rooms.get(leaf) and self._has_empty_buffer(leaf) and self.into(leaf) is not None
 
     def _gather(self, node: OutputNode, gradient: Any) -> None:
         """Put the gradient of one output in its place among those of its operation."""
@@ -105,18 +138,22 @@ class Walk:
 
     def into(self, leaf: Tensor) -> tuple[Any, float] | None:
         """(buffer, beta) where an op may write a leaf's gradient as beta · buffer + gradient, else None."""
-        if not self.accumulate or self.recorded or leaf._hooks is not None or leaf in self.gradients:
-            return None
         if leaf in self.direct:
             return self.direct[leaf], 1.0
-        empty = leaf._grad_buffer
-        if empty is None or leaf._grad is not None or not _fits(empty, leaf):
+        if not self._has_empty_buffer(leaf):
             return None
+        empty: Any = leaf._grad_buffer
         self.direct[leaf] = empty._data
         leaf._grad = empty
         leaf._grad_buffer = None
         empty._cell[0] += 1
         return empty._data, 0.0
+
+    def _has_empty_buffer(self, leaf: Tensor) -> bool:
+        if not self.accumulate or self.recorded or leaf._hooks is not None or leaf in self.gradients:
+            return False
+        empty = leaf._grad_buffer
+        return empty is not None and leaf._grad is None and leaf not in self.direct and _fits(empty, leaf)
 
     def _run_hooks(self, hooks: Sequence[Any], gradient: Any, at: Any) -> Any:
         for hook in list(hooks):

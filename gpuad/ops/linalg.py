@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from gpuad.array.device import of_array
 from gpuad.autograd.op import describe, function
-from gpuad.autograd.primitive import Primitive, multilinear, primitive
+from gpuad.autograd.primitive import multilinear, primitive
 from gpuad.errors import DtypeError, ShapeError
 from gpuad.ops.reduction import sum_to_size
 from gpuad.ops.samples import S
@@ -161,80 +159,6 @@ def addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1
     product = mm(mat1, mat2)
     product = product if alpha == 1 else product * alpha
     return product + (input if beta == 1 else input * beta)
-
-
-def _linear(backend: Any, x: Any, weight: Any, bias: Any) -> Any:
-    if x.shape[-1] != weight.shape[-1]:
-        raise ShapeError(
-            f"linear got an input that does not fit its weight:\n  input   {describe(x)}\n  weight  "
-            f"{describe(weight)}\nThe last dimension of the input must be the in_features of the layer, "
-            f"{weight.shape[-1]}."
-        )
-    if x.dtype != weight.dtype:
-        raise DtypeError(
-            f"linear got an input and a weight of different dtypes:\n  input   {describe(x)}\n  weight  "
-            f"{describe(weight)}\nConvert the input, e.g. x.to(gpuad.{weight.dtype}), or the module, e.g. "
-            "model.double()."
-        )
-    return backend.linear(x, weight, bias)
-
-
-# x @ weight.T + bias on matrices; linear() below flattens what comes before the last dimension.
-linear_: Primitive = primitive(
-    "linear",
-    _linear,
-    vjp={
-        "x": lambda g, weight: gemm(g, weight) if isinstance(g, Tensor) else of_array(g).backend.gemm(g, weight),
-        "weight": lambda g, x, into: _product(g, x, into),
-        "bias": lambda g, into: _sum_rows(g, into),
-    },
-    jvp={
-        "x": lambda t, weight: linear_(t, weight, None),
-        "weight": lambda t, x: linear_(x, t, None),
-        "bias": lambda t, out: t.expand(out.shape),
-    },
-    samples=[(S((3, 4)), S((5, 4)), S((5,))), (S((3, 4)), S((5, 4)), None), (S((0, 4)), S((5, 4)), S((5,)))],
-    doc="x @ weight.T + bias for a matrix x.",
-)
-
-
-def _product(g: Any, x: Any, into: Any) -> Any:
-    """gᵀ x, into the leaf's buffer where there is one."""
-    if into is None:
-        return gemm(mT(g), x)
-    return of_array(g).backend.gemm(g.T, x, into[0], 1.0, into[1])
-
-
-def _sum_rows(g: Any, into: Any) -> Any:
-    if isinstance(g, Tensor):
-        return g.sum(0)
-    backend = of_array(g).backend
-    if into is None:
-        return backend.sum(g, (0,))
-    buffer, beta = into
-    if beta:
-        backend.add_into(buffer, backend.sum(g, (0,)))
-        return buffer
-    return backend.sum(g, (0,), False, buffer)
-
-
-@function(name="linear", nn=True)
-def linear(input: Any, weight: Any, bias: Any = None) -> Any:
-    """input @ weight.T + bias.
-
-    input: (*, in_features). weight: (out_features, in_features). bias: (out_features,) or None.
-    Returns (*, out_features). One dtype and device.
-    """
-    if input._data.ndim == 2:
-        return linear_(input, weight, bias)
-    if weight.ndim != 2 or not input.ndim:
-        raise ShapeError(
-            f"linear takes an input (*, in_features) and a weight (out_features, in_features):\n"
-            f"  input   {describe(input)}\n  weight  {describe(weight)}"
-        )
-    shape = (*input.shape[:-1], weight.shape[0])
-    flat = input.reshape((int(np.prod(input.shape[:-1])), input.shape[-1]))
-    return linear_(flat, weight, bias).reshape(shape)
 
 
 @function(name="bilinear", nn=True)

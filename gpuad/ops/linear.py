@@ -1,0 +1,195 @@
+"""Linear layers whose bias and activation ride in the matrix product, forwards and backwards, where a backend can.
+
+On the tape nothing changes: a linear layer with an activation is a `linear` node and an activation node, as ever, and
+whatever looks at them (hooks, retain_grad, higher derivatives, forward mode) finds what it expects. But the value of
+the first is never written out, and a plain backward pass may take a short cut: the product that makes the gradient of
+the activation's output applies the activation's derivative too, sums what the bias needs, and hands the result to the
+`linear` node directly. Gradients of other uses still come by the activation node; a derivative is linear, so the parts
+add up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gpuad.array.device import of_array
+from gpuad.autograd.modes import state
+from gpuad.autograd.node import WRITTEN, Node
+from gpuad.autograd.op import Interpreters, describe, function
+from gpuad.autograd.primitive import Primitive
+from gpuad.errors import DtypeError, ShapeError
+from gpuad.ops.activations import gelu_tanh, relu
+from gpuad.ops.linalg import gemm, mT
+from gpuad.ops.samples import S
+from gpuad.tensor import Tensor, wrap
+
+_ACTIVATIONS = {"relu": relu, "gelu": gelu_tanh}
+
+
+class EpilogueNode(Node):
+    """The node of an activation that was computed by the product before it; kept: what its derivative needs there."""
+
+    __slots__ = ("kept",)
+    kept: Any
+
+
+class LinearOp(Primitive):
+    """`linear` with a plain backward pass that uses epilogues where the backend has them."""
+
+    def backward(self, node: Node, gradient: Any, walk: Any) -> list[Any]:
+        """The gradients of (input, weight, bias)."""
+        backend = node.device.backend
+        if not backend.epilogues:
+            return super().backward(node, gradient, walk)
+        plan, _ = node.info
+        saved = dict(zip(plan.names, node.check(), strict=True))
+        x, weight, bias = node.parents
+        result: list[Any] = [None, None, None]
+        total = walk.sums.pop(id(gradient), None)
+        if x is not None:
+            result[0] = _input_gradient(backend, gradient, saved["weight"], x, walk)
+        if weight is not None:
+            into = walk.into(weight) if isinstance(weight, Tensor) else None
+            shape = gradient.shape[1], saved["x"].shape[1]
+            out, beta = into or (backend.empty(shape, gradient.dtype), 0.0)
+            if bias is not None and total is None:
+                total = backend.weight_gradient(gradient, saved["x"], out, beta, walk.room(bias))
+                weight = None if total is not None else weight
+            if weight is not None:
+                backend.gemm(gradient.T, saved["x"], out, 1.0, beta)
+            result[1] = out if into is None else WRITTEN
+        if bias is not None:
+            result[2] = self._bias_gradient(gradient, bias, total, walk)
+        return result
+
+    def _bias_gradient(self, gradient: Any, bias: Any, total: Any, walk: Any) -> Any:
+        if total is not None:
+            if walk.in_room(bias, total):
+                return WRITTEN
+            if not isinstance(bias, Tensor) or total is not walk.rooms.get(bias):
+                return total
+        return self.rules["bias"].function(gradient, walk.into(bias) if isinstance(bias, Tensor) else None)
+
+
+def _input_gradient(backend: Any, gradient: Any, weight: Any, parent: Any, walk: Any) -> Any:
+    """g @ weight; past an activation in one product, and then WRITTEN."""
+    if type(parent) is EpilogueNode and walk.passes(parent):
+        bias = parent.parents[0].parents[2]
+        found = backend.input_gradient(gradient, weight, parent.kept, bias is not None, walk.room(bias))
+        if found is not None:
+            walk.pass_by(parent, *found)
+            return WRITTEN
+    return backend.gemm(gradient, weight)
+
+
+def _linear(backend: Any, x: Any, weight: Any, bias: Any) -> Any:
+    if x.shape[-1] != weight.shape[-1]:
+        raise ShapeError(
+            f"linear got an input that does not fit its weight:\n  input   {describe(x)}\n  weight  "
+            f"{describe(weight)}\nThe last dimension of the input must be the in_features of the layer, "
+            f"{weight.shape[-1]}."
+        )
+    if x.dtype != weight.dtype:
+        raise DtypeError(
+            f"linear got an input and a weight of different dtypes:\n  input   {describe(x)}\n  weight  "
+            f"{describe(weight)}\nConvert the input, e.g. x.to(gpuad.{weight.dtype}), or the module, e.g. "
+            "model.double()."
+        )
+    return backend.linear(x, weight, bias)
+
+
+# x @ weight.T + bias on matrices; linear() below flattens what comes before the last dimension.
+linear_ = LinearOp(
+    "linear",
+    _linear,
+    vjp={
+        "x": lambda g, weight: gemm(g, weight) if isinstance(g, Tensor) else of_array(g).backend.gemm(g, weight),
+        "weight": lambda g, x, into: _product(g, x, into),
+        "bias": lambda g, into: _sum_rows(g, into),
+    },
+    jvp={
+        "x": lambda t, weight: linear_(t, weight, None),
+        "weight": lambda t, x: linear_(x, t, None),
+        "bias": lambda t, out: t.expand(out.shape),
+    },
+    samples=[(S((3, 4)), S((5, 4)), S((5,))), (S((3, 4)), S((5, 4)), None), (S((0, 4)), S((5, 4)), S((5,)))],
+    doc="x @ weight.T + bias for a matrix x.",
+)
+
+
+def _product(g: Any, x: Any, into: Any) -> Any:
+    """gᵀ x, into the leaf's buffer where there is one."""
+    if into is None:
+        return gemm(mT(g), x)
+    return of_array(g).backend.gemm(g.T, x, into[0], 1.0, into[1])
+
+
+def _sum_rows(g: Any, into: Any) -> Any:
+    if isinstance(g, Tensor):
+        return g.sum(0)
+    backend = of_array(g).backend
+    if into is None:
+        return backend.sum(g, (0,))
+    buffer, beta = into
+    if beta:
+        backend.add_into(buffer, backend.sum(g, (0,)))
+        return buffer
+    return backend.sum(g, (0,), False, buffer)
+
+
+@function(name="linear", nn=True)
+def linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    """input @ weight.T + bias.
+
+    input: (*, in_features). weight: (out_features, in_features). bias: (out_features,) or None.
+    Returns (*, out_features). One dtype and device.
+    """
+    if input._data.ndim == 2:
+        return linear_(input, weight, bias)
+    if weight.ndim != 2 or not input.ndim:
+        raise ShapeError(
+            f"linear takes an input (*, in_features) and a weight (out_features, in_features):\n"
+            f"  input   {describe(input)}\n  weight  {describe(weight)}"
+        )
+    shape = (*input.shape[:-1], weight.shape[0])
+    flat = input.reshape((int(np.prod(input.shape[:-1])), input.shape[-1]))
+    return linear_(flat, weight, bias).reshape(shape)
+
+
+def linear_activation(input: Any, weight: Any, bias: Any, activation: str) -> Tensor | None:
+    """activation(input @ weight.T + bias) as one product, for "relu" or "gelu" (by tanh); None where that cannot be.
+
+    input: (*, in_features). weight: (out_features, in_features). bias: (out_features,) or None.
+    """
+    if not isinstance(input, Tensor) or not input._device.backend.epilogues or Interpreters.active:
+        return None
+    tensors = (input, weight) if bias is None else (input, weight, bias)
+    x = input._data
+    if any([t._device is not input._device or t._data.dtype != x.dtype for t in tensors]) or not x.ndim:
+        return None
+    if x.dtype.kind != "f" or weight._data.ndim != 2 or x.shape[-1] != weight._data.shape[1]:
+        return None
+    if x.ndim != 2:
+        flat = linear_activation(input.reshape(-1, x.shape[-1]), weight, bias, activation) if x.size else None
+        return None if flat is None else flat.reshape((*x.shape[:-1], weight._data.shape[0]))
+    backend, device = input._device.backend, input._device
+    wanted = tuple([i for i, t in enumerate(tensors) if t._requires_grad]) if state.enabled else ()
+    arrays = [t._data for t in tensors] + [None] * (3 - len(tensors))
+    found = backend.linear_activation(*arrays, activation, bool(wanted))
+    if found is None:
+        return None
+    array, kept = found
+    out = wrap(array, device)
+    if wanted:
+        before = wrap(array, device)  # stands for the value before the activation, which is nowhere
+        linear_._record((input, weight, bias), arrays, before, wanted, {})
+        op = _ACTIVATIONS[activation]
+        plan = op.plan((0,))
+        saved = (kept.values[:, : array.shape[1]],) if plan.inputs else (array,)
+        cells = () if plan.inputs else (out._cell,)
+        node = EpilogueNode(op, (before._node,), saved, cells, sum([c[0] for c in cells]), (plan, None), device)
+        node.kept = kept
+        out._node, out._requires_grad = node, True
+    return out

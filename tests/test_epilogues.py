@@ -1,0 +1,204 @@
+"""Linear layers with their activation: the same values, gradients and tape whether or not they are one product."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import gpuad
+import gpuad.nn.functional as F
+from gpuad import nn, optim
+from gpuad.ops.linear import EpilogueNode
+
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": lambda: nn.GELU(approximate="tanh")}
+TOLERANCE = {"float16": 2e-2, "float32": 2e-5, "float64": 1e-11}
+
+
+def network(device, activation: str, dtype: str = "float64", bias: bool = True, sizes=(5, 7, 6, 3)):
+    """A network whose weights are the same on every device."""
+    numbers = np.random.default_rng(0)
+    layers: list = []
+    for n, m in zip(sizes[:-1], sizes[1:], strict=True):
+        layers += [nn.Linear(n, m, bias=bias), ACTIVATIONS[activation]()]
+    model = nn.Sequential(*layers[:-1]).to(gpuad.float64)
+    with gpuad.no_grad():
+        for p in model.parameters():
+            p.copy_(gpuad.tensor(numbers.uniform(-0.7, 0.7, tuple(p.shape))))
+    return model.to(device, getattr(gpuad, dtype))
+
+
+def batch(device, dtype: str = "float64", rows: int = 9, columns: int = 5):
+    x = np.random.default_rng(1).standard_normal((rows, columns))
+    return gpuad.tensor(x, device=device, dtype=getattr(gpuad, dtype))
+
+
+def gradients(model) -> list:
+    return [p.grad.cpu().numpy().astype(float) for p in model.parameters()]
+
+
+def close(found, expected, tolerance=1e-11):
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture
+def fused(device):
+    """Devices where products take the activation along; others only show that nothing else changes."""
+    return device.backend.epilogues
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_values_and_gradients_are_those_of_the_host(device, fused, activation, bias, dtype):
+    # Sizes that every dtype's alignment rules take.
+    sizes = (8, 16, 24, 8)
+    results = []
+    for place in ("cpu", device):
+        model = network(place, activation, dtype, bias, sizes)
+        x = batch(place, dtype, 16, 8).requires_grad_()
+        y = model(x)
+        y.backward(gpuad.ones_like(y) / 16)
+        results.append(([y.detach().cpu().numpy(), x.grad.cpu().numpy(), *gradients(model)], y))
+    close(results[1][0], results[0][0], TOLERANCE[dtype])
+    if fused:
+        assert isinstance(results[1][1].grad_fn.parents[0], EpilogueNode)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_accumulated_gradients(device, activation):
+    """The second backward finds gradients, the third empty buffers, the fourth adds to what the third wrote."""
+    model, reference = network(device, activation), network("cpu", activation)
+    for step in range(4):
+        if step == 2:
+            optim.SGD(model.parameters(), lr=0.1).zero_grad()
+            optim.SGD(reference.parameters(), lr=0.1).zero_grad()
+        for each, place in ((model, device), (reference, "cpu")):
+            each(batch(place, rows=4 + step)).square().sum().backward()
+        close(gradients(model), gradients(reference))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_activation_that_is_used_twice(device, activation):
+    results = []
+    for place in ("cpu", device):
+        model = network(place, activation)
+        for _ in range(2):
+            model.zero_grad()
+            h = model[:2](batch(place))
+            (model[2:](h).sum() + (h * h).sum() + model[2](h).square().sum()).backward()
+        results.append(gradients(model))
+    close(results[1], results[0])
+
+
+def test_shared_layers_and_shared_biases(device):
+    results = []
+    for place in ("cpu", device):
+        one, two = nn.Linear(6, 6).to(place, gpuad.float64), nn.Linear(6, 6).to(place, gpuad.float64)
+        with gpuad.no_grad():
+            for k, p in enumerate([*one.parameters(), *two.parameters()]):
+                p.copy_(gpuad.arange(p.numel(), device=place).reshape(p.shape).to(p.dtype).sin() * (k + 1) / 3)
+        two.bias = one.bias
+        model = nn.Sequential(one, nn.ReLU(), two, nn.ReLU(), one, nn.ReLU(), two)
+        for _ in range(3):
+            model.zero_grad()
+            loss = model(batch(place, columns=6)).square().sum() + one.bias.square().sum()
+            loss.backward()
+        results.append(gradients(model))
+    close(results[1], results[0])
+
+
+def test_hooks_and_retained_gradients_see_what_they_always_see(device):
+    seen = []
+    for place in ("cpu", device):
+        model, x = network(place, "relu"), batch(place)
+        h = model[:2](x)
+        h.retain_grad()
+        k = model[2:4](h)
+        k.register_hook(lambda g: seen.append(g.cpu().numpy()) or g * 2)
+        model[4](k).sum().backward()
+        seen.append([h.grad.cpu().numpy(), *gradients(model)])
+    close([seen[2], *seen[3]], [seen[0], *seen[1]])
+
+
+def test_gradients_of_intermediate_results(device):
+    found = []
+    for place in ("cpu", device):
+        model, x = network(place, "gelu"), batch(place).requires_grad_()
+        h = model[:2](x)
+        y = model[2:](h).square().sum()
+        first = gpuad.autograd.grad(y, [h, x, model[0].bias, model[2].bias], retain_graph=True)
+        second = gpuad.autograd.grad(y, [model[0].weight])
+        found.append([g.cpu().numpy() for g in (*first, *second)])
+    close(found[1], found[0])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_second_derivatives(device, activation):
+    found = []
+    for place in ("cpu", device):
+        model, x = network(place, activation), batch(place).requires_grad_()
+        (g,) = gpuad.autograd.grad(model(x).square().sum(), [x], create_graph=True)
+        g.square().sum().backward()
+        found.append([g.detach().cpu().numpy(), x.grad.cpu().numpy(), *gradients(model)])
+    close(found[1], found[0])
+
+
+def test_a_second_walk(device):
+    model = network(device, "relu")
+    y = model(batch(device)).sum()
+    y.backward(retain_graph=True)
+    once = gradients(model)
+    y.backward()
+    close(gradients(model), [2 * g for g in once])
+    with pytest.raises(gpuad.errors.AutogradError, match="retain_graph=True"):
+        y.backward()
+
+
+def test_the_walk_frees_what_it_passes_by(device, fused):
+    if not fused:
+        pytest.skip("this device has no products with epilogues")
+    model = network(device, "relu")
+    y = model(batch(device))
+    act = y.grad_fn.parents[0]
+    assert act.saved is not None
+    y.sum().backward()
+    assert act.saved is None and act.parents[0].saved is None
+
+
+def test_hooks_on_modules_are_called(device):
+    model, called = network(device, "relu"), []
+    model[1].register_forward_hook(lambda module, args, output: called.append(output.shape))
+    model(batch(device))
+    assert called == [(9, 7)]
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 5), (0, 5), (4, 1, 2, 5)], ids=str)
+def test_inputs_of_any_shape(device, shape):
+    found = []
+    for place in ("cpu", device):
+        model = network(place, "relu")
+        x = gpuad.tensor(np.random.default_rng(2).standard_normal(shape), device=place, requires_grad=True)
+        y = model(x)
+        y.sum().backward()
+        found.append([y.detach().cpu().numpy(), x.grad.cpu().numpy(), *gradients(model)])
+    assert found[1][0].shape == (*shape[:-1], 3)
+    close(found[1], found[0])
+
+
+def test_the_function_says_when_it_cannot(device, fused):
+    x, w, b = batch(device), gpuad.ones(4, 5, dtype=gpuad.float64, device=device), None
+    found = F.linear_activation(x, w, b, "relu")
+    assert (found is not None) == fused
+    for wrong in ((x.float(), w), (x, w.T), (x.long(), w.long())):
+        assert F.linear_activation(*wrong, b, "relu") is None
+    with pytest.raises(gpuad.errors.ShapeError, match="in_features"):
+        nn.Sequential(nn.Linear(3, 4), nn.ReLU()).to(device)(x.float())
+
+
+def test_forward_mode_goes_by_the_two_operations(device):
+    model, x = network(device, "gelu"), batch(device)
+    value, tangent = gpuad.func.jvp(model, (x,), (gpuad.ones_like(x),))
+    h = 1e-6
+    expected = (model(x + h) - model(x - h)) / (2 * h)
+    np.testing.assert_allclose(tangent.detach().cpu().numpy(), expected.detach().cpu().numpy(), atol=1e-7)
