@@ -127,8 +127,9 @@ def synchronize(device: Any = None) -> None:
 def set_sync_debug_mode(mode: str | int) -> None:
     """Let what waits for a device pass ("default", 0), warn ("warn", 1) or raise SynchronizationError ("error", 2).
 
-    What waits: item(), numpy(), tolist(), printing, cpu(), bool(t), nonzero(), reading with a bool tensor. A wait that
-    is asked for, synchronize(), always passes.
+    The text names the line that waited, the innermost one outside gpuad. What waits: item(), numpy(), tolist(),
+    printing, cpu(), bool(t), nonzero(), reading with a bool tensor. A wait that is asked for, synchronize(), always
+    passes.
     """
     _synchronization.set_mode(mode)
 
