@@ -35,6 +35,7 @@ from gpuad.autograd.modes import (
     set_grad_enabled,
 )
 from gpuad.cuda import get_float32_matmul_precision, set_float32_matmul_precision
+from gpuad.errors import OutOfMemoryError
 from gpuad.kernels.numpy_program import get_num_threads, set_num_threads
 from gpuad.ops.activations import (
     celu,
@@ -335,7 +336,7 @@ __all__ = [
     "logical_and", "logical_not", "logical_or", "logical_xor", "logit", "logspace", "logsumexp", "long", "lt",
     "manual_seed", "masked_fill", "masked_select", "matmul", "max", "maximum", "mean", "min", "minimum", "mm",
     "movedim", "mul", "multiply", "mv", "nan_to_num", "narrow", "ne", "neg", "negative", "no_grad", "nonzero", "norm",
-    "normal", "not_equal", "ones", "ones_like", "ops", "outer", "permute", "pow", "prelu", "prod", "promote_types",
+    "normal", "not_equal", "ones", "ones_like", "ops", "outer", "OutOfMemoryError", "permute", "pow", "prelu", "prod", "promote_types",
     "rad2deg", "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "ravel", "reciprocal", "relu",
     "remainder", "repeat", "repeat_interleave", "reshape", "reshape_as", "roll", "round", "rsqrt", "rsub",
     "safe_sqrt", "scatter", "scatter_add", "seed", "selu", "set_default_device", "set_default_dtype",

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from gpuad.array import philox
+from gpuad.array.device import Device
 from gpuad.errors import DeviceError, DtypeError, ShapeError
 
 __all__ = [
@@ -327,7 +328,8 @@ def _draw_cuda(
     if runtime.getDevice() != device:
         with cupy.cuda.Device(device):
             return _draw_cuda(draw, generator, shape, arguments, device, out)
-    result = cupy.empty(shape, draw.dtype) if out is None or not out.flags.c_contiguous else out
+    new = out is None or not out.flags.c_contiguous
+    result = Device("cuda", device).backend.empty(shape, draw.dtype) if new else out
     if result.size:
         blocks = draw.blocks(result.size)
         if runtime.streamIsCapturing(cupy.cuda.get_current_stream().ptr):
