@@ -22,8 +22,8 @@ from gpuad.array.device import Device
 from gpuad.errors import DeviceError, OutOfMemoryError
 
 __all__ = [
-    "DeviceProperties", "Event", "OutOfMemoryError", "Stream", "current_device", "current_stream", "default_stream", "device",
-    "device_count", "empty_cache", "get_device_capability", "get_device_name", "get_device_properties",
+    "DeviceProperties", "Event", "OutOfMemoryError", "Stream", "current_device", "current_stream", "default_stream",
+    "device", "device_count", "empty_cache", "get_device_capability", "get_device_name", "get_device_properties",
     "get_sync_debug_mode", "initial_seed", "is_available", "manual_seed", "manual_seed_all", "max_memory_allocated",
     "mem_get_info", "memory_allocated", "memory_reserved", "memory_summary", "reset_peak_memory_stats", "seed",
     "set_device", "set_stream", "set_sync_debug_mode", "stream", "synchronization_count", "synchronize",

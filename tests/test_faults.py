@@ -127,7 +127,9 @@ def test_a_step_that_failed_at_any_allocation_can_be_repeated(name, allocator):
         undisturbed.step()
         before = training.state()
         training.through_faults(
-            allocator, training.step, lambda k, before=before, at=number: assert_equal(training.state(), before, (at, k))
+            allocator,
+            training.step,
+            lambda k, before=before, at=number: assert_equal(training.state(), before, (at, k)),
         )
         assert_equal(training.state(), undisturbed.state(), (name, number))
     assert training.failures > 20
@@ -290,7 +292,9 @@ def test_a_failed_draw_leaves_the_generator_where_it_was(allocator):
     draws = []
     for draw in (gpuad.rand, gpuad.randn):
         training.through_faults(
-            allocator, lambda draw=draw: draws.append(draw(5, device="cuda")), lambda k: len(draws) <= 1 or pytest.fail()
+            allocator,
+            lambda draw=draw: draws.append(draw(5, device="cuda")),
+            lambda k: len(draws) <= 1 or pytest.fail(),
         )
     assert_equal([host(d) for d in draws], expected, "")
     assert training.failures == 2

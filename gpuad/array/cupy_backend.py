@@ -71,7 +71,7 @@ def _here(method: Callable) -> Callable:
             if not memory.exhausted(error):
                 raise
         with self._device:  # outside of the handler, whose exception keeps the frames of the first try alive
-            memory.empty_cache()
+            memory.make_room()
             try:
                 return method(self, *arguments, **named)
             except (MemoryError, RuntimeError) as error:

@@ -16,8 +16,11 @@ once. gpuad holds references in these places only:
 
 What is freed stays in CuPy's pool until gpuad.cuda.empty_cache(), or until an allocation would fail without it.
 
-When there is no memory left, the backend's methods empty CuPy's cache and run once more (they allocate before they
-write, so they can); then gpuad.cuda.OutOfMemoryError goes up. A failed forward changes no tensor but the generator's
+Gradient buffers that wait for a backward are a cache too. While there is memory they save allocations, at a peak that
+is higher by what is not yet written of them when the activations are largest. When there is no memory left, the
+backend's methods let go of them, empty CuPy's cache and run once more (they allocate before they write, so they can):
+a step needs no more than with gradients that are freed, as PyTorch's zero_grad does. If that fails too,
+gpuad.cuda.OutOfMemoryError goes up. A failed forward changes no tensor but the generator's
 counter and what ran to its end before, a failed backward no .grad, a failed optimiser step neither parameters nor
 state, so that each can be repeated once memory is free. An exception keeps the frames that it went through, and they
 hold tensors: leave the `except` block before trying again.
@@ -30,8 +33,10 @@ from typing import Any
 
 from gpuad.errors import OutOfMemoryError
 
-# Every array that the layers above hold, and what it is to them; put here by gpuad/autograd/live.py.
+# Put here by gpuad/autograd/live.py: every array that the layers above hold, and what it is to them; and what lets go
+# of the arrays that they only keep for later.
 holders: Callable[[], Iterable[tuple[Any, str]]] = tuple
+let_go: Callable[[], None] = tuple  # type: ignore[assignment]
 
 _SHOWN = 10
 
@@ -47,6 +52,12 @@ def exhausted(error: BaseException) -> bool:
 def empty_cache() -> None:
     """Give the memory that CuPy's pool keeps on the current device, and no array uses, back to the driver."""
     pool().free_all_blocks()
+
+
+def make_room() -> None:
+    """Before an allocation on the current device is tried again: empty the cache, gradient buffers in wait included."""
+    let_go()
+    empty_cache()
 
 
 def pool() -> Any:

@@ -17,13 +17,7 @@ def holders() -> Iterator[tuple[Any, str]]:
     They are found among the objects that Python's garbage collector knows, which costs nothing until then. An array
     that several hold comes several times.
     """
-    tensors, nodes = [], []
-    for each in gc.get_objects():
-        kind = type(each)
-        if issubclass(kind, Tensor):
-            tensors.append(each)
-        elif issubclass(kind, Node):
-            nodes.append(each)
+    tensors, nodes = _alive(Tensor), _alive(Node)
     for t in tensors:
         if t._requires_grad and t._node is None:
             yield t._data, "a leaf that requires grad"
@@ -38,4 +32,15 @@ def holders() -> Iterator[tuple[Any, str]]:
         yield t._data, "a tensor" if t._node is None else f"the result of {t._node.op.name}"
 
 
-memory.holders = holders
+def let_go() -> None:
+    """Drop the gradient buffers that zero_grad left for the next backward."""
+    for t in _alive(Tensor):
+        if t._grad_buffer is not None:
+            t._grad_buffer = None
+
+
+def _alive(kind: type) -> list[Any]:
+    return [each for each in gc.get_objects() if issubclass(type(each), kind)]
+
+
+memory.holders, memory.let_go = holders, let_go
