@@ -36,6 +36,7 @@ from gpuad.autograd.modes import (
     set_grad_enabled,
 )
 from gpuad.cuda import get_float32_matmul_precision, set_float32_matmul_precision
+from gpuad.errors import OutOfMemoryError
 from gpuad.kernels.numpy_program import get_num_threads, set_num_threads
 from gpuad.ops.activations import (
     celu,
@@ -325,8 +326,8 @@ __all__ = [
     "are_deterministic_algorithms_enabled", "argmax", "argmin", "argsort", "as_tensor", "asarray", "asin", "asinh",
     "atan", "atan2", "atanh", "autograd", "bernoulli", "bmm", "bool_", "broadcast_shapes", "broadcast_tensors",
     "broadcast_to", "can_cast", "cat", "ceil", "celu", "chunk", "clamp", "clamp_max", "clamp_min", "clip", "clone",
-    "concat", "concatenate", "contiguous", "cos", "cosh", "count_nonzero", "cpu", "cuda", "cumsum", "deg2rad", "device",
-    "Device", "diag", "diagonal", "div", "divide", "dot", "double", "empty", "empty_like", "enable_grad", "eq", "erf",
+    "concat", "concatenate", "contiguous", "cos", "cosh", "count_nonzero", "cpu", "cuda", "cumsum", "deg2rad", "Device",
+    "device", "diag", "diagonal", "div", "divide", "dot", "double", "empty", "empty_like", "enable_grad", "eq", "erf",
     "erfc", "erfinv", "errors", "exp", "exp2", "expand", "expand_as", "expm1", "eye", "fix", "flatten", "flip",
     "float16", "float32", "float64", "floor", "floor_divide", "fmod", "frac", "from_dlpack", "from_numpy", "full",
     "full_like", "func", "fuse", "gather", "ge", "Generator", "get_default_device", "get_default_dtype",
@@ -336,16 +337,16 @@ __all__ = [
     "log10", "log1p", "log2", "log_softmax", "logaddexp", "logical_and", "logical_not", "logical_or", "logical_xor",
     "logit", "logspace", "logsumexp", "long", "lt", "manual_seed", "masked_fill", "masked_select", "matmul", "max",
     "maximum", "mean", "min", "minimum", "mm", "movedim", "mul", "multiply", "mv", "nan_to_num", "narrow", "ne", "neg",
-    "negative", "no_grad", "nonzero", "norm", "normal", "not_equal", "ones", "ones_like", "ops", "outer", "permute",
-    "pow", "prelu", "prod", "promote_types", "rad2deg", "rand", "rand_like", "randint", "randn", "randn_like",
-    "randperm", "ravel", "reciprocal", "relu", "remainder", "repeat", "repeat_interleave", "reshape", "reshape_as",
-    "roll", "round", "rsqrt", "rsub", "safe_sqrt", "scatter", "scatter_add", "seed", "selu", "set_default_device",
-    "set_default_dtype", "set_float32_matmul_precision", "set_grad_enabled", "set_num_threads", "short", "sigmoid",
-    "sign", "sin", "sinh", "Size", "softmax", "sort", "split", "sqrt", "square", "squeeze", "stack", "std", "std_mean",
-    "sub", "subtract", "sum", "sum_to_size", "swapaxes", "swapdims", "t", "tan", "tanh", "Tensor", "tensor", "tile",
-    "to", "topk", "trace", "transpose", "tril", "triu", "true_divide", "trunc", "type_as", "uint8", "unbind",
-    "unflatten", "unsqueeze", "use_deterministic_algorithms", "var", "var_mean", "view", "view_as", "vstack", "where",
-    "xlogy", "zeros", "zeros_like",
+    "negative", "no_grad", "nonzero", "norm", "normal", "not_equal", "ones", "ones_like", "ops", "outer",
+    "OutOfMemoryError", "permute", "pow", "prelu", "prod", "promote_types", "rad2deg", "rand", "rand_like", "randint",
+    "randn", "randn_like", "randperm", "ravel", "reciprocal", "relu", "remainder", "repeat", "repeat_interleave",
+    "reshape", "reshape_as", "roll", "round", "rsqrt", "rsub", "safe_sqrt", "scatter", "scatter_add", "seed", "selu",
+    "set_default_device", "set_default_dtype", "set_float32_matmul_precision", "set_grad_enabled", "set_num_threads",
+    "short", "sigmoid", "sign", "sin", "sinh", "Size", "softmax", "sort", "split", "sqrt", "square", "squeeze", "stack",
+    "std", "std_mean", "sub", "subtract", "sum", "sum_to_size", "swapaxes", "swapdims", "t", "tan", "tanh", "Tensor",
+    "tensor", "tile", "to", "topk", "trace", "transpose", "tril", "triu", "true_divide", "trunc", "type_as", "uint8",
+    "unbind", "unflatten", "unsqueeze", "use_deterministic_algorithms", "var", "var_mean", "view", "view_as", "vstack",
+    "where", "xlogy", "zeros", "zeros_like",
 ]  # fmt: skip
 
 __version__ = "0.1.0"

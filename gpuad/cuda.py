@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from gpuad.array import memory as _memory
 from gpuad.array import random
 from gpuad.array import synchronization as _synchronization
 from gpuad.array.cupy_backend import CupyBackend as _CupyBackend
@@ -18,11 +19,11 @@ from gpuad.array.cupy_backend import current_cuda_index as _current_cuda_index
 from gpuad.array.cupy_backend import device_count as _device_count
 from gpuad.array.cupy_backend import load as _load
 from gpuad.array.device import Device
-from gpuad.errors import DeviceError
+from gpuad.errors import DeviceError, OutOfMemoryError
 
 __all__ = [
-    "DeviceProperties", "Event", "Stream", "current_device", "current_stream", "default_stream", "device",
-    "device_count", "empty_cache", "get_device_capability", "get_device_name", "get_device_properties",
+    "DeviceProperties", "Event", "OutOfMemoryError", "Stream", "current_device", "current_stream", "default_stream",
+    "device", "device_count", "empty_cache", "get_device_capability", "get_device_name", "get_device_properties",
     "get_sync_debug_mode", "initial_seed", "is_available", "manual_seed", "manual_seed_all", "max_memory_allocated",
     "mem_get_info", "memory_allocated", "memory_reserved", "memory_summary", "reset_peak_memory_stats", "seed",
     "set_device", "set_stream", "set_sync_debug_mode", "stream", "synchronization_count", "synchronize",
@@ -127,8 +128,9 @@ def synchronize(device: Any = None) -> None:
 def set_sync_debug_mode(mode: str | int) -> None:
     """Let what waits for a device pass ("default", 0), warn ("warn", 1) or raise SynchronizationError ("error", 2).
 
-    What waits: item(), numpy(), tolist(), printing, cpu(), bool(t), nonzero(), reading with a bool tensor. A wait that
-    is asked for, synchronize(), always passes.
+    The text names the line that waited, the innermost one outside gpuad. What waits: item(), numpy(), tolist(),
+    printing, cpu(), bool(t), nonzero(), reading with a bool tensor. A wait that is asked for, synchronize(), always
+    passes.
     """
     _synchronization.set_mode(mode)
 
@@ -283,18 +285,19 @@ def set_stream(stream: Stream) -> None:
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
+# gpuad/array/memory.py says who frees what.
 
 
 def memory_allocated(device: Any = None) -> int:
     """Bytes that arrays on a device take now, rounded up as CuPy's pool does."""
     with _current(device):
-        return _load().get_default_memory_pool().used_bytes()
+        return _memory.pool().used_bytes()
 
 
 def memory_reserved(device: Any = None) -> int:
     """Bytes that CuPy's pool holds on a device: those of arrays, and those kept for the next ones."""
     with _current(device):
-        return _load().get_default_memory_pool().total_bytes()
+        return _memory.pool().total_bytes()
 
 
 def mem_get_info(device: Any = None) -> tuple[int, int]:
@@ -307,27 +310,39 @@ def empty_cache() -> None:
     cupy = _load()
     for index in range(device_count()):
         with cupy.cuda.Device(index):
-            cupy.get_default_memory_pool().free_all_blocks()
+            _memory.empty_cache()
     cupy.get_default_pinned_memory_pool().free_all_blocks()
 
 
 class _Peaks:
-    """Asks the pool after each allocation how much is in use: CuPy's pool keeps no maximum."""
+    """Asks the pool after each allocation how much is in use: CuPy's pool keeps no maximum.
+
+    It stands before the allocator that it found; where a user has chosen another since, `watch` stands before that.
+    """
 
     def __init__(self) -> None:
-        cupy = _load()
         self.highest: dict[str, int] = {}
-        self._index = cupy.cuda.runtime.getDevice
-        self._used = cupy.get_default_memory_pool().used_bytes
-        self._allocate = cupy.cuda.get_allocator()
-        cupy.cuda.set_allocator(self.allocate)
+        self._index = _load().cuda.runtime.getDevice
 
-    def allocate(self, size: int) -> Any:
-        memory = self._allocate(size)
-        name, used = f"cuda:{self._index()}", self._used()
-        if used > self.highest.get(name, 0):
-            self.highest[name] = used
-        return memory
+    @property
+    def watching(self) -> bool:
+        return getattr(_load().cuda.get_allocator(), "watched", None) is not None
+
+    def watch(self) -> None:
+        if self.watching:
+            return
+        cuda = _load().cuda
+        allocate, used = cuda.get_allocator(), _memory.pool().used_bytes
+
+        def watched(size: int) -> Any:
+            made = allocate(size)
+            name, now = f"cuda:{self._index()}", used()
+            if now > self.highest.get(name, 0):
+                self.highest[name] = now
+            return made
+
+        watched.watched = allocate  # type: ignore[attr-defined]
+        cuda.set_allocator(watched)
 
 
 @functools.cache
@@ -338,9 +353,11 @@ def _peaks() -> _Peaks:
 def reset_peak_memory_stats(device: Any = None) -> None:
     """Start max_memory_allocated() of a device anew, at what is allocated now.
 
-    The first call puts a watch around CuPy's allocator, which costs about a microsecond an allocation.
+    The first call puts a watch before CuPy's allocator, which costs about a microsecond an allocation; until then
+    allocations cost nothing extra.
     """
     place = _cuda(device)
+    _peaks().watch()
     _peaks().highest[str(place)] = memory_allocated(place)
 
 
@@ -350,7 +367,7 @@ def max_memory_allocated(device: Any = None) -> int:
     CuPy's pool keeps no maximum of its own; what it holds is an upper bound.
     """
     place = _cuda(device)
-    if not _peaks.cache_info().currsize:
+    if not _peaks().watching:
         return memory_reserved(place)
     return max(_peaks().highest.get(str(place), 0), memory_allocated(place))
 

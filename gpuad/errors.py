@@ -33,3 +33,17 @@ class MissingPackageError(GpuadError, ImportError):
 
 class SynchronizationError(GpuadError, RuntimeError):
     """The host would wait for a device while gpuad.cuda.set_sync_debug_mode("error") forbids it."""
+
+
+class OutOfMemoryError(GpuadError, RuntimeError, MemoryError):
+    """An allocation on a device failed, also after the cache was emptied; the text lists what is alive there.
+
+    device: its name. requested: the bytes asked for, None where that is not known. free, total: those of the device.
+    """
+
+    def __init__(
+        self, text: str, device: str = "", requested: int | None = None, free: int | None = None,
+        total: int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(text)
+        self.device, self.requested, self.free, self.total = device, requested, free, total

@@ -110,25 +110,41 @@ class Updater:
         self._entries: dict[Tensor, _Entry] = {}
         self._settings: dict[int, _Setting] = {}
         self._batches: dict[tuple, _Batch] = {}
+        self._made: list[tuple[Tensor, str]] = []  # the state that the current step has added: parameter and name
 
     def step(self, groups: Sequence[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> None:
         """Update every parameter that has a gradient; `state` is given the state that the rule needs for it.
 
-        Raises DeviceError, ShapeError or DtypeError where a gradient or a state does not fit its parameter; then
-        nothing is updated.
+        Raises DeviceError, ShapeError or DtypeError where a gradient or a state does not fit its parameter, and
+        gpuad.cuda.OutOfMemoryError; then nothing is updated, and no state is left behind that was not there.
         """
         opened: list[_Batch] = []
         counted: list[tuple[np.ndarray, float]] = []
         try:
-            for index, group in enumerate(groups):
-                self._collect(group, self._setting(index, group), state, opened, counted)
+            try:
+                for index, group in enumerate(groups):
+                    self._collect(group, self._setting(index, group), state, opened, counted)
+                for batch in opened:
+                    batch.device.backend.prepare_update(batch.program, batch.sets)
+            except BaseException:
+                self._unmake(state)
+                raise
             for count, step in counted:
                 count.fill(step)
             for batch in opened:
                 batch.device.backend.update(batch.program, batch.sets)
         finally:
+            self._made.clear()
             for batch in opened:
                 batch.sets = []
+
+    def _unmake(self, state: dict[Tensor, dict[str, Any]]) -> None:
+        """Take out the state that a failed step has added: the next one then is the first for these parameters."""
+        for p, name in self._made:
+            own = state.get(p, {})
+            own.pop(name, None)
+            if not own:
+                state.pop(p, None)
 
     def _setting(self, index: int, group: dict[str, Any]) -> _Setting:
         raw = [group[name] for name in self.rule.hyperparameters]
@@ -192,6 +208,8 @@ class Updater:
         entry = _Entry()
         entry.is_first, entry.held, entry.count = False, [], None
         if own is not None and self.rule.counts_steps:
+            if "step" not in own:
+                self._made.append((p, "step"))
             counter = own["step"] = _step_count(own.get("step"))
             entry.count = counter._data
             entry.held.append(("step", counter, counter._data))
@@ -202,6 +220,7 @@ class Updater:
             if tensor is None:
                 entry.is_first = True
                 value = _plain(group[self._initial[name]]) if name in self._initial else 0
+                self._made.append((p, name))
                 tensor = own[name] = wrap(p._device.backend.xp.full_like(data, value), p._device)
             elif tensor._device is not p._device or tensor._data.dtype != data.dtype:
                 with no_grad():

@@ -171,16 +171,20 @@ class BatchNorm1d(Module):
             return F.batch_norm(input, mean, var, self.weight, self.bias, mean is None, 0.0, self.eps)
         if not self.track_running_stats or mean is None or var is None:
             return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
         if self.momentum is not None:
-            return F.batch_norm(input, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
+            output = F.batch_norm(input, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+            return output
         # The batch's share is 1/n, and n stays on the device: momentum 1 hands out the batch's own statistics.
         batch_mean, batch_var = gpuad.zeros_like(mean), gpuad.zeros_like(var)
         output = F.batch_norm(input, batch_mean, batch_var, self.weight, self.bias, True, 1.0, self.eps)
         with gpuad.no_grad():
-            mean.add_((batch_mean - mean) / self.num_batches_tracked)
-            var.add_((batch_var - var) / self.num_batches_tracked)
+            count = self.num_batches_tracked + 1
+            mean_step, var_step = (batch_mean - mean) / count, (batch_var - var) / count
+            mean.add_(mean_step)
+            var.add_(var_step)
+            self.num_batches_tracked.add_(1)
         return output
 
     def extra_repr(self) -> str:

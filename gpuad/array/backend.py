@@ -45,6 +45,9 @@ class Backend:
         """Call a function with this device as the current one; for rules that compute on bare arrays themselves."""
         return function(*arguments, **named)
 
+    def explain(self, error: Exception) -> None:
+        """Raise gpuad.cuda.OutOfMemoryError where `error` says that the memory of a CUDA device is used up."""
+
     def enter(self) -> None:
         """Make this device the current one of the array library."""
 
@@ -190,6 +193,9 @@ class Backend:
     def elementwise_mixed(self, formula: Any, arguments: Sequence[Any], dtype: np.dtype, outs: Any = None) -> Any:
         """`elementwise` where arguments may have other dtypes than `dtype`, and may not broadcast (ValueError)."""
         return self.elementwise(formula, self.cast_operands(formula, arguments, dtype), dtype, outs)
+
+    def prepare_update(self, program: Any, sets: Sequence[tuple[tuple[float, ...], list]]) -> None:
+        """Do what `update` needs memory for: it then runs to its end, and no step is left half done."""
 
     def update(self, program: Any, sets: Sequence[tuple[tuple[float, ...], list]]) -> None:
         """Run a program of gpuad.kernels.update on the parameters of each set, in place."""

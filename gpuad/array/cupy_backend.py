@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuad.array import cublas, cublaslt, deterministic
+from gpuad.array import cublas, cublaslt, deterministic, memory
 from gpuad.array.backend import Backend, Formula
 from gpuad.array.indices import index_error
 from gpuad.array.synchronization import waits
@@ -58,14 +58,25 @@ def current_cuda_index() -> int:
 
 
 def _here(method: Callable) -> Callable:
-    """Run a method of a backend with its device as the current one."""
+    """Run a method of a backend with its device as the current one; where memory is short, once more without cache."""
 
     @functools.wraps(method)
     def run(self: CupyBackend, *arguments: Any, **named: Any) -> Any:
-        if self._current_index() == self.index:
-            return method(self, *arguments, **named)
-        with self._device:
-            return method(self, *arguments, **named)
+        try:
+            if self._current_index() == self.index:
+                return method(self, *arguments, **named)
+            with self._device:
+                return method(self, *arguments, **named)
+        except (MemoryError, RuntimeError) as error:
+            if not memory.exhausted(error):
+                raise
+        with self._device:  # outside of the handler, whose exception keeps the frames of the first try alive
+            memory.make_room()
+            try:
+                return method(self, *arguments, **named)
+            except (MemoryError, RuntimeError) as error:
+                self.explain(error)
+                raise
 
     return run
 
@@ -100,8 +111,17 @@ class CupyBackend(Backend):
         return self._current_index() == self.index
 
     def inside(self, function: Callable, *arguments: Any, **named: Any) -> Any:
-        with self._device:
-            return function(*arguments, **named)
+        try:
+            with self._device:
+                return function(*arguments, **named)
+        except (MemoryError, RuntimeError) as error:
+            self.explain(error)
+            raise
+
+    def explain(self, error: Exception) -> None:
+        if memory.exhausted(error):
+            with self._device:
+                raise memory.out_of_memory(error, self.device) from error
 
     def enter(self) -> None:
         self._device.__enter__()
@@ -268,6 +288,10 @@ class CupyBackend(Backend):
         product = self.gemm(x, weight.T)
         return product if bias is None else cupy.add(product, bias, product)
 
+    @_here
+    def prepare_update(self, program: Any, sets: Sequence[tuple[tuple[float, ...], list]]) -> None:
+        program.ready(sets)
+
     # Indices ----------------------------------------------------------------------------------------------------------
 
     @_here
@@ -344,11 +368,12 @@ _WAITING = frozenset(["nonzero", "argwhere", "flatnonzero", "unique", "bincount"
 
 def _bound(backend: CupyBackend, function: Callable, name: str) -> Callable:
     waiting = name in _WAITING
+    call = _here(lambda _, *arguments, **named: function(*arguments, **named))
 
     def run(*arguments: Any, **named: Any) -> Any:
         if waiting:
             waits(f"{name}()", backend.device)
-        return function(*arguments, **named) if backend.current else backend.inside(function, *arguments, **named)
+        return call(backend, *arguments, **named)
 
     return run
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpuad.array import philox
+from gpuad.array.device import Device
 from gpuad.errors import DeviceError, DtypeError, ShapeError
 
 __all__ = [
@@ -366,7 +367,8 @@ def _run_cuda(draw: philox.Draw, taken: Taken, shape: Any, arguments: tuple[Any,
     if cupy.cuda.runtime.getDevice() != device:
         with cupy.cuda.Device(device):
             return _run_cuda(draw, taken, shape, arguments, device, out)
-    result = cupy.empty(shape, draw.dtype) if out is None or not out.flags.c_contiguous else out
+    new = out is None or not out.flags.c_contiguous
+    result = Device("cuda", device).backend.empty(shape, draw.dtype) if new else out
     if result.size:
         grid = (-(-draw.blocks(result.size) // _THREADS),)
         state, seed, block = taken

@@ -171,10 +171,14 @@ class Primitive(Op):
         if device is None:
             raise TypeError(f"{self.name} needs at least one Tensor.")
         backend = device.backend
-        if backend.current:
-            data = self.forward(backend, *arrays, **params)
-        else:
-            data = backend.inside(self.forward, backend, *arrays, **params)
+        try:
+            if backend.current:
+                data = self.forward(backend, *arrays, **params)
+            else:
+                data = backend.inside(self.forward, backend, *arrays, **params)
+        except (MemoryError, RuntimeError) as error:
+            backend.explain(error)
+            raise
         if self.moves:
             device = params["device"]
         if self.outputs > 1:

@@ -81,10 +81,14 @@ class Walk:
                 continue
             rule = node.op.backward_recorded if recorded else node.op.backward
             backend = node.device.backend
-            if backend.current:
-                results = rule(node, gradient, self)
-            else:
-                results = backend.inside(rule, node, gradient, self)
+            try:
+                if backend.current:
+                    results = rule(node, gradient, self)
+                else:
+                    results = backend.inside(rule, node, gradient, self)
+            except (MemoryError, RuntimeError) as error:
+                backend.explain(error)
+                raise
             if node.saved and not retain:
                 node.saved, node.cells = None, ()
             for parent, result in zip(node.parents, results):  # noqa: B905  (one each, by construction)
@@ -170,34 +174,43 @@ class Walk:
             tensor._grad = value if tensor._grad is None else tensor._grad + value
 
     def finish_leaves(self) -> None:
-        """Hand each leaf its gradient."""
-        if self.gradients:
-            sole = {} if self.recorded else _sole(self.gradients)
-            for leaf, gradient in self.gradients.items():
-                self._finish_leaf(leaf, gradient, sole.get(leaf, False))
+        """Hand each leaf its gradient: to all of them, or after an error to none."""
+        sole = {} if self.recorded else _sole(self.gradients)
+        finished = [self._finished(leaf, g, sole.get(leaf, False)) for leaf, g in self.gradients.items()]
+        for leaf, made, added in finished:
+            if made is None:
+                leaf._device.backend.add_into(leaf._grad._data, added)
+                leaf._grad._cell[0] += 1
+            else:
+                leaf._grad, leaf._grad_buffer = made, None
         leaves = [*self.direct, *self.gradients]
+        self.direct.clear()
         self.gradients.clear()
         for leaf in leaves:
             if leaf._post_hooks is not None:
                 for hook in list(leaf._post_hooks.values()):
                     hook(leaf)
 
-    def _finish_leaf(self, leaf: Tensor, gradient: Any, sole: bool) -> None:
+    def undo(self) -> None:
+        """After an error: the leaves whose gradient was being written have none, only the buffer for the next one."""
+        for leaf in self.direct:
+            leaf._grad, leaf._grad_buffer = None, leaf._grad
+        self.direct.clear()
+
+    def _finished(self, leaf: Tensor, gradient: Any, sole: bool) -> tuple[Any, Tensor | None, Any]:
+        """(leaf, its new .grad, None) or, where the buffer of the one it has serves, (leaf, None, what is added)."""
         if leaf._hooks is not None:
             gradient = self._run_hooks(leaf._hooks.values(), gradient, leaf)
             sole = False
         before = leaf._grad
         backend = leaf._device.backend
         if self.recorded:
-            leaf._grad = gradient if before is None else before + gradient
-        elif before is None:
-            leaf._grad_buffer = None
-            leaf._grad = wrap(gradient if sole else backend.copy(gradient), leaf._device)
-        elif before._requires_grad:
-            leaf._grad = wrap(backend.add(before._data, gradient), leaf._device)
-        else:
-            backend.add_into(before._data, gradient)
-            before._cell[0] += 1
+            return leaf, gradient if before is None else before + gradient, None
+        if before is None:
+            return leaf, wrap(gradient if sole else backend.copy(gradient), leaf._device), None
+        if before._requires_grad:
+            return leaf, wrap(backend.add(before._data, gradient), leaf._device), None
+        return leaf, None, gradient
 
 
 def _holders(gradients: dict[Any, Any]) -> dict[Any, int]:
@@ -289,9 +302,10 @@ def backward(
     if inputs is not None:
         chosen = _as_list(inputs)
         found = grad(roots, chosen, weights, retain_graph, create_graph, allow_unused=True)
-        for leaf, gradient in zip(chosen, found, strict=True):
+        sums = [g if g is None or x._grad is None else x._grad + g for x, g in zip(chosen, found, strict=True)]
+        for leaf, gradient in zip(chosen, sums, strict=True):
             if gradient is not None:
-                leaf._grad = gradient if leaf._grad is None else leaf._grad + gradient
+                leaf._grad = gradient
         return
     walk = Walk(create_graph, create_graph if retain_graph is None else retain_graph, True)
     seeds = [(_place(root), _seed(root, weight, create_graph)) for root, weight in zip(roots, weights)]
@@ -302,6 +316,9 @@ def backward(
             walk.contribute(*seeds.pop(0))
         walk.run()
         walk.finish_leaves()
+    except BaseException:
+        walk.undo()
+        raise
     finally:
         state.enabled = enabled
 

@@ -78,16 +78,20 @@ class CudaUpdate:
             return (arrays[0].size, *[a.data.ptr for a in arrays])
         return None
 
-    def run(self, sets: Sequence[tuple[tuple[float, ...], list]]) -> None:
-        """Update the parameters of each (numbers, [(prepared, p, grad, *states), …])."""
+    def ready(self, sets: Sequence[tuple[tuple[float, ...], list]]) -> None:
+        """Write the tables that `run` walks for these sets; all that is allocated is allocated here."""
         for first in range(0, len(sets), self._sets):
-            self._launch(first, sets[first : first + self._sets])
+            rows = [[item[0] for item in items] for _, items in sets[first : first + self._sets]]
+            table = self._tables.get(first)
+            if table is None or table.of != rows:
+                self._tables[first] = _Table(rows)
 
-    def _launch(self, first: int, sets: Sequence[tuple[tuple[float, ...], list]]) -> None:
-        rows = [[item[0] for item in items] for _, items in sets]
-        table = self._tables.get(first)
-        if table is None or table.of != rows:
-            table = self._tables[first] = _Table(rows)
+    def run(self, sets: Sequence[tuple[tuple[float, ...], list]]) -> None:
+        """Update the parameters of each (numbers, [(prepared, p, grad, *states), …]), for which `ready` was called."""
+        for first in range(0, len(sets), self._sets):
+            self._launch(self._tables[first], sets[first : first + self._sets])
+
+    def _launch(self, table: _Table, sets: Sequence[tuple[tuple[float, ...], list]]) -> None:
         values = self._numbers["value"]
         for i, (numbers, items) in enumerate(sets):
             values[i * len(numbers) : (i + 1) * len(numbers)] = numbers

@@ -165,10 +165,13 @@ def batch_norm(
             "use larger batches (drop_last=True), or eval()."
         )
     rows = input.transpose(0, 1).reshape(channels, -1)
-    if training and running_mean is not None:
-        with no_grad():
-            mean, var = rows.mean(1), rows.var(1, unbiased=True)
-            running_mean.copy_(running_mean.lerp(mean.to(running_mean.dtype), momentum))
-            running_var.copy_(running_var.lerp(var.to(running_var.dtype), momentum))
     y = normalise_rows(rows, eps).reshape(channels, input.shape[0], *input.shape[2:]).transpose(0, 1)
-    return _affine(y, per_channel(weight), per_channel(bias))
+    y = _affine(y, per_channel(weight), per_channel(bias))
+    if training and running_mean is not None:
+        with no_grad():  # last, and written once both are there: what fails before leaves them as they were
+            mean, var = rows.mean(1), rows.var(1, unbiased=True)
+            mean = running_mean.lerp(mean.to(running_mean.dtype), momentum)
+            var = running_var.lerp(var.to(running_var.dtype), momentum)
+            running_mean.copy_(mean)
+            running_var.copy_(var)
+    return y
