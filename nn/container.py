@@ -80,13 +80,14 @@ class Sequential(Module):
     def forward(self, input: Any) -> Any:
         """Pass `input` through all the modules."""
         for layer, activation, name in self._steps:
-            if activation is None:
-                input = layer(input)
-            elif _has_hooks(layer) or _has_hooks(activation):
-                input = activation(layer(input))
-            else:
+            if activation is not None and not (_has_hooks(layer) or _has_hooks(activation)):
                 fused = linear_activation(input, layer.weight, layer.bias, name)
-                input = activation(layer(input)) if fused is None else fused
+                if fused is not None:
+                    input = fused
+                    continue
+            input = layer(input)
+            if activation is not None:
+                input = activation(input)
         return input
 
     def __getitem__(self, index: Any) -> Any:

@@ -293,7 +293,10 @@ def dropout(x: Any, p: float, taken: Taken) -> Any:
     """
     real = np.float64 if x.dtype.char == "d" else np.float32
     arguments = (x.reshape(-1), real(1.0 / p), min(math.ceil(p * 2**32), 2**32 - 1))
-    return _run(philox.dropout(x.dtype), taken, x.shape, arguments, None if isinstance(x, np.ndarray) else x.device.id)
+    device = None if isinstance(x, np.ndarray) else x.device.id
+    out = _empty(x.shape, x.dtype, device)
+    _fill(philox.dropout(x.dtype), taken, out, arguments, device)
+    return out
 
 
 def permutation(generator: Generator | None, n: int, device: int | None = None) -> Any:
@@ -335,7 +338,17 @@ def _draw(
     generator = default_generator if generator is None else generator
     if out is not None:
         shape, device = out.shape, None if isinstance(out, np.ndarray) else out.device.id
-    return _run(draw, _take(generator, draw.blocks(math.prod(shape)), device), shape, arguments, device, out)
+    # Made before the blocks are taken: where memory is short, the generator stays where it is.
+    result = _empty(shape, draw.dtype, device) if out is None or not out.flags.c_contiguous else out
+    _fill(draw, _take(generator, draw.blocks(result.size), device), result, arguments, device)
+    if out is not None and result is not out:
+        out[...] = result
+        return out
+    return result
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype, device: int | None) -> Any:
+    return np.empty(shape, dtype) if device is None else Device("cuda", device).backend.empty(shape, dtype)
 
 
 def _take(generator: Generator, blocks: int, device: int | None) -> Taken:
@@ -348,35 +361,17 @@ def _take(generator: Generator, blocks: int, device: int | None) -> Taken:
     return Taken(0, *generator.reserve(blocks))
 
 
-def _run(
-    draw: philox.Draw, taken: Taken, shape: Any, arguments: tuple[Any, ...], device: int | None, out: Any = None
-) -> Any:
-    if device is not None:
-        return _run_cuda(draw, taken, shape, arguments, device, out)
-    result = np.empty(shape, draw.dtype) if out is None or not out.flags.c_contiguous else out
-    draw.fill(result.reshape(-1), taken.seed, taken.block, arguments)
-    if out is None or result is out:
-        return result
-    out[...] = result
-    return out
+def _fill(draw: philox.Draw, taken: Taken, out: Any, arguments: tuple[Any, ...], device: int | None) -> None:
+    """Fill a C-contiguous array from blocks that were taken."""
+    if device is None:
+        draw.fill(out.reshape(-1), taken.seed, taken.block, arguments)
+    elif out.size:
+        import cupy
 
-
-def _run_cuda(draw: philox.Draw, taken: Taken, shape: Any, arguments: tuple[Any, ...], device: int, out: Any) -> Any:
-    import cupy
-
-    if cupy.cuda.runtime.getDevice() != device:
+        grid = (-(-draw.blocks(out.size) // _THREADS),)
         with cupy.cuda.Device(device):
-            return _run_cuda(draw, taken, shape, arguments, device, out)
-    new = out is None or not out.flags.c_contiguous
-    result = Device("cuda", device).backend.empty(shape, draw.dtype) if new else out
-    if result.size:
-        grid = (-(-draw.blocks(result.size) // _THREADS),)
-        state, seed, block = taken
-        _kernel(draw)(grid, (_THREADS,), (result, result.size, state, np.uint64(seed), block, *arguments))
-    if out is not None and result is not out:
-        out[...] = result
-        return out
-    return result
+            state, seed, block = taken
+            _kernel(draw)(grid, (_THREADS,), (out, out.size, state, np.uint64(seed), block, *arguments))
 
 
 @cache
