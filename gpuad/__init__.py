@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpuad import autograd, cuda, errors, func, ops
+from gpuad import amp, autograd, cuda, errors, func, ops
 from gpuad.array.device import Device, set_default_device
 from gpuad.array.device import Device as device
 from gpuad.array.device import default_device as get_default_device
@@ -26,6 +26,7 @@ from gpuad.array.dtypes import (
     uint8,
 )
 from gpuad.array.random import Generator, initial_seed, seed
+from gpuad.autograd.autocast import autocast, get_autocast_dtype, is_autocast_enabled
 from gpuad.autograd.modes import (
     enable_grad,
     inference_mode,
@@ -319,18 +320,22 @@ from gpuad.ops.shape import (
 from gpuad.tensor import Size, Tensor
 
 __all__ = [
-    "abs", "absolute", "acos", "acosh", "add", "addcdiv", "addcmul", "addmm", "all", "amax", "amin", "Any", "any",
+    "abs", "absolute", "acos", "acosh", "add", "addcdiv", "addcmul", "addmm", "all", "amax", "amin", "amp",
+    "Any", "any",
     "arange", "arccos", "arccosh", "arcsin", "arcsinh", "arctan", "arctan2", "arctanh", "argmax", "argmin", "argsort",
-    "as_tensor", "asarray", "asin", "asinh", "atan", "atan2", "atanh", "autograd", "bernoulli", "bmm", "bool_",
+    "as_tensor", "asarray", "asin", "asinh", "atan", "atan2", "atanh", "autocast",
+    "autograd", "bernoulli", "bmm", "bool_",
     "broadcast_shapes", "broadcast_tensors", "broadcast_to", "can_cast", "cat", "ceil", "celu", "chunk", "clamp",
     "clamp_max", "clamp_min", "clip", "clone", "concat", "concatenate", "contiguous", "cos", "cosh", "count_nonzero",
     "cpu", "cuda", "cumsum", "deg2rad", "Device", "device", "diag", "diagonal", "div", "divide", "dot", "double",
     "empty", "empty_like", "enable_grad", "eq", "erf", "erfc", "erfinv", "errors", "exp", "exp2", "expand",
     "expand_as", "expm1", "eye", "fix", "flatten", "flip", "float16", "float32", "float64", "floor", "floor_divide",
     "fmod", "frac", "from_dlpack", "from_numpy", "full", "full_like", "func", "fuse", "gather", "ge", "Generator",
+    "get_autocast_dtype",
     "get_default_device", "get_default_dtype", "get_float32_matmul_precision", "get_num_threads", "greater",
     "greater_equal", "gt", "half", "hstack", "hypot", "index_select", "inference_mode", "initial_seed", "int16",
-    "int32", "int64", "int8", "is_grad_enabled", "is_inference_mode_enabled", "isfinite", "isinf", "isnan", "le",
+    "int32", "int64", "int8", "is_autocast_enabled",
+    "is_grad_enabled", "is_inference_mode_enabled", "isfinite", "isinf", "isnan", "le",
     "lerp", "less", "less_equal", "linspace", "log", "log10", "log1p", "log2", "log_softmax", "logaddexp",
     "logical_and", "logical_not", "logical_or", "logical_xor", "logit", "logspace", "logsumexp", "long", "lt",
     "manual_seed", "masked_fill", "masked_select", "matmul", "max", "maximum", "mean", "min", "minimum", "mm",

@@ -166,9 +166,23 @@ class Backend:
         """`elementwise` where arguments may have other dtypes than `dtype`, and may not broadcast (ValueError)."""
         return self.elementwise(formula, self.cast_operands(formula, arguments, dtype), dtype, outs)
 
-    def update(self, program: Any, sets: Sequence[tuple[tuple[float, ...], list]]) -> None:
-        """Run a program of gpuad.kernels.update on the parameters of each set, in place."""
+    def update(self, program: Any, sets: Sequence[tuple[Any, list]], *skip: Any) -> None:
+        """Run a program of gpuad.kernels.update on the parameters of each set, in place.
+
+        skip: where `peek` does not know it, a number on the device; where it is not 0 nothing changes.
+        """
         if self.current:
-            program.run(sets)
+            program.run(sets, *skip)
         else:
-            self.inside(program.run, sets)
+            self.inside(program.run, sets, *skip)
+
+    def peek(self, flag: Any) -> bool | None:
+        """Whether a 0-d array is not 0, or None where the host would have to wait for it."""
+        raise NotImplementedError
+
+    def unscale(self, arrays: Sequence[Any], scale: Any, found: Any) -> None:
+        """Divide arrays of one dtype by `scale`, in place; `found` becomes 1 where an element is not finite.
+
+        scale, found: 0-d, float32.
+        """
+        raise NotImplementedError

@@ -248,6 +248,15 @@ class CupyBackend(Backend):
         product = self.gemm(x, weight.T)
         return product if bias is None else cupy.add(product, bias, product)
 
+    def peek(self, flag: Any) -> bool | None:
+        return None
+
+    @_here
+    def unscale(self, arrays: Sequence[Any], scale: Any, found: Any) -> None:
+        from gpuad.kernels.unscale_cuda import unscale
+
+        unscale(arrays, scale, found)
+
     # Indices ----------------------------------------------------------------------------------------------------------
 
     @_here
