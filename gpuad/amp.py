@@ -163,7 +163,7 @@ class GradScaler:
         own.stepped = True
         skip = _together(own.found)
         known = [device.backend.peek(flag._data) for device, flag in skip.items()]
-        if optimizer.rule is None or None not in known:
+        if optimizer.rule is None or any(flag is not None for flag in known):
             return None if any(flag.item() for flag in skip.values()) else optimizer.step(**kwargs)
         optimizer.found_inf = skip
         try:

@@ -130,12 +130,12 @@ class CupyBackend(Backend):
 
         cudaMemcpyPeerAsync needs no peer access: without it the driver goes through the host.
         """
-        there = array.data.device_id
+        there, shape = array.data.device_id, array.shape  # ascontiguousarray makes 0-d arrays 1-d
         with cupy.cuda.Device(there):
             array = cupy.ascontiguousarray(array)
             source = cupy.cuda.get_current_stream()
             written = source.record(cupy.cuda.Event(disable_timing=True))
-        made = cupy.empty(array.shape, array.dtype)
+        made = cupy.empty(shape, array.dtype)
         if made.size:
             stream = cupy.cuda.get_current_stream()
             stream.wait_event(written)
