@@ -38,7 +38,8 @@ def test_dlpack_of_the_standard(device):
     assert "dltensor_versioned" in repr(x.__dlpack__(max_version=(1, 0)))
     assert "dltensor_versioned" not in repr(x.__dlpack__())
     copied = device.backend.xp.from_dlpack(_Exporter(x, copy=True))
-    copied[0] = 7
+    with device:
+        copied[0] = 7
     assert x.tolist() == [1, 1, 1]
     with pytest.raises(BufferError, match="cannot give memory of device \\(99, 0\\)"):
         x.__dlpack__(dl_device=(99, 0))

@@ -155,6 +155,16 @@ class Backend:
     def synchronize(self) -> None:
         """Wait until all work given to the device is done."""
 
+    def uploader(self, depth: int) -> Any:
+        """What copies batches here beside computation (gpuad.array.streams.Uploader); None where nothing is gained."""
+        return None
+
+    def record_stream(self, array: Any, stream: Any) -> None:
+        """Keep the memory of an array from being reused before the work of `stream` is done; the host has no streams.
+
+        stream: CuPy's.
+        """
+
     def check_faults(self) -> None:
         """Raise what check_index found, where the host has waited for the device by other means than `synchronize`."""
 

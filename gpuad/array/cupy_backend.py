@@ -160,6 +160,16 @@ class CupyBackend(Backend):
     def check_faults(self) -> None:
         self._fault.check()
 
+    def uploader(self, depth: int) -> Any:
+        from gpuad.array.streams import Uploader
+
+        return Uploader(self._device, depth)
+
+    def record_stream(self, array: Any, stream: Any) -> None:
+        from gpuad.array.streams import record_stream
+
+        record_stream(array, stream)
+
     # Arrays -----------------------------------------------------------------------------------------------------------
 
     @_here

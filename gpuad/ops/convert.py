@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuad.array import dtypes
+from gpuad.array import dtypes, streams
 from gpuad.array.device import Device, as_device
 from gpuad.autograd.op import function
 from gpuad.autograd.primitive import Primitive, linear, primitive
@@ -203,6 +203,36 @@ def dlpack_device(self: Tensor) -> Any:
     return self._data.__dlpack_device__()
 
 
+def record_stream(self: Tensor, stream: Any) -> None:
+    """Say that `stream` uses the tensor's memory: it is not reused before the work which that stream has when the
+    tensor goes is done. Needed where a tensor is used on another stream than it was made on; see gpuad.cuda.
+
+    stream: a gpuad.cuda.Stream or CuPy's. On cpu it does nothing.
+    """
+    self._device.backend.record_stream(self._data, getattr(stream, "cupy", stream))
+
+
+def is_pinned(self: Tensor) -> bool:
+    """Whether a cpu tensor lies in page-locked memory."""
+    return isinstance(self._data, np.ndarray) and streams.is_pinned(self._data)
+
+
+def pin_memory(self: Tensor) -> Tensor:
+    """A cpu tensor in page-locked memory, from which copies to a CUDA device run beside all else; itself if it is.
+
+    Raises TypeError for a tensor on a CUDA device, AutogradError where it requires grad, and DeviceError where there is
+    no CUDA device.
+    """
+    if not isinstance(self._data, np.ndarray):
+        raise TypeError(f"pin_memory() is for tensors on cpu, this one is on {self._device}; use x.cpu().pin_memory().")
+    if is_pinned(self):
+        return self
+    _no_graph_lost(self, "A pinned copy")
+    made = streams.pinned_empty(self._data.shape, self._data.dtype)
+    np.copyto(made, self._data)
+    return wrap(made, self._device)
+
+
 def _number(kind: type) -> Any:
     def convert(self: Tensor) -> Any:
         return kind(item(self))
@@ -285,7 +315,9 @@ def copy_(self: Tensor, src: Any, non_blocking: bool = False) -> Tensor:
 
 _METHODS = {
     "cuda": cuda, "item": item, "tolist": tolist, "numpy": numpy, "__array__": array_protocol, "__dlpack__": dlpack,
-    "__dlpack_device__": dlpack_device, "cupy": cupy, "__cupy_get_ndarray__": cupy, "__float__": _number(float), "__int__": _number(int),
+    "record_stream": record_stream, "is_pinned": is_pinned, "pin_memory": pin_memory,
+    "__dlpack_device__": dlpack_device, "cupy": cupy,
+    "__cupy_get_ndarray__": cupy, "__float__": _number(float), "__int__": _number(int),
     "__complex__": _number(complex), "__bool__": to_bool, "__index__": to_index, "__repr__": representation,
     "__format__": text_format, "__deepcopy__": deep_copy, "__reduce_ex__": reduce, "copy_": copy_,
 }  # fmt: skip

@@ -124,9 +124,9 @@ def from_numpy(array: np.ndarray) -> Tensor:
 def from_dlpack(ext_tensor: Any, *, device: Any = None, copy: bool | None = None) -> Tensor:
     """A Tensor that shares the memory of any array with __dlpack__ (NumPy, CuPy, PyTorch, JAX).
 
-    device: where it is to be, which copies where that is another one; copy: whether to copy (True), to refuse where
-    there must be one (False), or either. Work of the owner's stream comes first. Memory that the owner says is read-only
-    can be read but not written. Raises TypeError, DeviceError or DtypeError for what gpuad has not.
+    device: where it is to be, which copies where that is another one; copy: whether to copy (True), to refuse
+    where there must be one (False), or either. Work of the owner's stream comes first. Memory that the owner says is
+    read-only can be read but not written. Raises TypeError, DeviceError or DtypeError for what gpuad has not.
     """
     if not hasattr(ext_tensor, "__dlpack__"):
         raise TypeError(
@@ -149,7 +149,7 @@ def from_dlpack(ext_tensor: Any, *, device: Any = None, copy: bool | None = None
     return made.to(there, copy=bool(copy))
 
 
-# DLPack's kinds of devices (dlpack.h, DLDeviceType): the host, CUDA, memory of the host pinned for CUDA, managed memory.
+# DLPack's kinds of devices (dlpack.h, DLDeviceType): the host, CUDA, host memory pinned for CUDA, managed memory.
 _DLPACK_DEVICES = {1: "cpu", 2: "cuda:{}", 3: "cpu", 13: "cuda:{}"}
 
 
