@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpuad import autograd, cuda, errors, func, ops
+from gpuad import amp, autograd, cuda, errors, func, ops
 from gpuad.array.deterministic import are_deterministic_algorithms_enabled, use_deterministic_algorithms
 from gpuad.array.device import Device, set_default_device
 from gpuad.array.device import Device as device
@@ -27,6 +27,7 @@ from gpuad.array.dtypes import (
     uint8,
 )
 from gpuad.array.random import Generator, initial_seed, seed
+from gpuad.autograd.autocast import autocast, get_autocast_dtype, is_autocast_enabled
 from gpuad.autograd.modes import (
     enable_grad,
     inference_mode,
@@ -321,32 +322,33 @@ from gpuad.ops.shape import (
 from gpuad.tensor import Size, Tensor
 
 __all__ = [
-    "abs", "absolute", "acos", "acosh", "add", "addcdiv", "addcmul", "addmm", "all", "amax", "amin", "Any", "any",
-    "arange", "arccos", "arccosh", "arcsin", "arcsinh", "arctan", "arctan2", "arctanh",
+    "abs", "absolute", "acos", "acosh", "add", "addcdiv", "addcmul", "addmm", "all", "amax", "amin", "amp", "Any",
+    "any", "arange", "arccos", "arccosh", "arcsin", "arcsinh", "arctan", "arctan2", "arctanh",
     "are_deterministic_algorithms_enabled", "argmax", "argmin", "argsort", "as_tensor", "asarray", "asin", "asinh",
-    "atan", "atan2", "atanh", "autograd", "bernoulli", "bmm", "bool_", "broadcast_shapes", "broadcast_tensors",
-    "broadcast_to", "can_cast", "cat", "ceil", "celu", "chunk", "clamp", "clamp_max", "clamp_min", "clip", "clone",
-    "concat", "concatenate", "contiguous", "cos", "cosh", "count_nonzero", "cpu", "cuda", "cumsum", "deg2rad", "Device",
-    "device", "diag", "diagonal", "div", "divide", "dot", "double", "empty", "empty_like", "enable_grad", "eq", "erf",
-    "erfc", "erfinv", "errors", "exp", "exp2", "expand", "expand_as", "expm1", "eye", "fix", "flatten", "flip",
-    "float16", "float32", "float64", "floor", "floor_divide", "fmod", "frac", "from_dlpack", "from_numpy", "full",
-    "full_like", "func", "fuse", "gather", "ge", "Generator", "get_default_device", "get_default_dtype",
-    "get_float32_matmul_precision", "get_num_threads", "greater", "greater_equal", "gt", "half", "hstack", "hypot",
-    "index_select", "inference_mode", "initial_seed", "int16", "int32", "int64", "int8", "is_grad_enabled",
-    "is_inference_mode_enabled", "isfinite", "isinf", "isnan", "le", "lerp", "less", "less_equal", "linspace", "log",
-    "log10", "log1p", "log2", "log_softmax", "logaddexp", "logical_and", "logical_not", "logical_or", "logical_xor",
-    "logit", "logspace", "logsumexp", "long", "lt", "manual_seed", "masked_fill", "masked_select", "matmul", "max",
-    "maximum", "mean", "min", "minimum", "mm", "movedim", "mul", "multiply", "mv", "nan_to_num", "narrow", "ne", "neg",
-    "negative", "no_grad", "nonzero", "norm", "normal", "not_equal", "ones", "ones_like", "ops", "outer",
-    "OutOfMemoryError", "permute", "pow", "prelu", "prod", "promote_types", "rad2deg", "rand", "rand_like", "randint",
-    "randn", "randn_like", "randperm", "ravel", "reciprocal", "relu", "remainder", "repeat", "repeat_interleave",
-    "reshape", "reshape_as", "roll", "round", "rsqrt", "rsub", "safe_sqrt", "scatter", "scatter_add", "seed", "selu",
-    "set_default_device", "set_default_dtype", "set_float32_matmul_precision", "set_grad_enabled", "set_num_threads",
-    "short", "sigmoid", "sign", "sin", "sinh", "Size", "softmax", "sort", "split", "sqrt", "square", "squeeze", "stack",
-    "std", "std_mean", "sub", "subtract", "sum", "sum_to_size", "swapaxes", "swapdims", "t", "tan", "tanh", "Tensor",
-    "tensor", "tile", "to", "topk", "trace", "transpose", "tril", "triu", "true_divide", "trunc", "type_as", "uint8",
-    "unbind", "unflatten", "unsqueeze", "use_deterministic_algorithms", "var", "var_mean", "view", "view_as", "vstack",
-    "where", "xlogy", "zeros", "zeros_like",
+    "atan", "atan2", "atanh", "autocast", "autograd", "bernoulli", "bmm", "bool_", "broadcast_shapes",
+    "broadcast_tensors", "broadcast_to", "can_cast", "cat", "ceil", "celu", "chunk", "clamp", "clamp_max", "clamp_min",
+    "clip", "clone", "concat", "concatenate", "contiguous", "cos", "cosh", "count_nonzero", "cpu", "cuda", "cumsum",
+    "deg2rad", "Device", "device", "diag", "diagonal", "div", "divide", "dot", "double", "empty", "empty_like",
+    "enable_grad", "eq", "erf", "erfc", "erfinv", "errors", "exp", "exp2", "expand", "expand_as", "expm1", "eye", "fix",
+    "flatten", "flip", "float16", "float32", "float64", "floor", "floor_divide", "fmod", "frac", "from_dlpack",
+    "from_numpy", "full", "full_like", "func", "fuse", "gather", "ge", "Generator", "get_autocast_dtype",
+    "get_default_device", "get_default_dtype", "get_float32_matmul_precision", "get_num_threads", "greater",
+    "greater_equal", "gt", "half", "hstack", "hypot", "index_select", "inference_mode", "initial_seed", "int16",
+    "int32", "int64", "int8", "is_autocast_enabled", "is_grad_enabled", "is_inference_mode_enabled", "isfinite",
+    "isinf", "isnan", "le", "lerp", "less", "less_equal", "linspace", "log", "log10", "log1p", "log2", "log_softmax",
+    "logaddexp", "logical_and", "logical_not", "logical_or", "logical_xor", "logit", "logspace", "logsumexp", "long",
+    "lt", "manual_seed", "masked_fill", "masked_select", "matmul", "max", "maximum", "mean", "min", "minimum", "mm",
+    "movedim", "mul", "multiply", "mv", "nan_to_num", "narrow", "ne", "neg", "negative", "no_grad", "nonzero", "norm",
+    "normal", "not_equal", "ones", "ones_like", "ops", "outer", "OutOfMemoryError", "permute", "pow", "prelu", "prod",
+    "promote_types", "rad2deg", "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "ravel",
+    "reciprocal", "relu", "remainder", "repeat", "repeat_interleave", "reshape", "reshape_as", "roll", "round", "rsqrt",
+    "rsub", "safe_sqrt", "scatter", "scatter_add", "seed", "selu", "set_default_device", "set_default_dtype",
+    "set_float32_matmul_precision", "set_grad_enabled", "set_num_threads", "short", "sigmoid", "sign", "sin", "sinh",
+    "Size", "softmax", "sort", "split", "sqrt", "square", "squeeze", "stack", "std", "std_mean", "sub", "subtract",
+    "sum", "sum_to_size", "swapaxes", "swapdims", "t", "tan", "tanh", "Tensor", "tensor", "tile", "to", "topk", "trace",
+    "transpose", "tril", "triu", "true_divide", "trunc", "type_as", "uint8", "unbind", "unflatten", "unsqueeze",
+    "use_deterministic_algorithms", "var", "var_mean", "view", "view_as", "vstack", "where", "xlogy", "zeros",
+    "zeros_like",
 ]  # fmt: skip
 
 __version__ = "0.1.0"

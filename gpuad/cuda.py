@@ -2,6 +2,19 @@
 
 CuPy is imported on the first call that needs it. Work goes to CuPy's current stream and memory comes from CuPy's
 allocator, so CuPy's own `cupy.cuda.Stream`, pools and limits hold for gpuad too.
+
+Crossing streams. Work on one stream is in order; between streams two things are the user's to say:
+
+    side.wait_stream(gpuad.cuda.current_stream())  # 1: side begins after what made its inputs
+    with gpuad.cuda.stream(side):
+        y = f(x)
+    x.record_stream(side)  # 2: x was made elsewhere: its memory must outlast the reader
+    gpuad.cuda.current_stream().wait_stream(side)  # 1 again, before y is used here
+
+Freed memory goes back to the stream that it was allocated on, which may get it again at once, since whatever it does
+next comes later in that stream. Another stream that still reads it is not asked: hence record_stream. Memory that is
+freed after that stream was waited for needs none. Gradients are computed on the stream that is current in backward(),
+copies between devices wait for each other by themselves, and gpuad.utils.data.prefetch does all of this for batches.
 """
 
 from __future__ import annotations
@@ -13,6 +26,7 @@ from typing import Any, NamedTuple
 
 from gpuad.array import memory as _memory
 from gpuad.array import random
+from gpuad.array import streams as _streams
 from gpuad.array import synchronization as _synchronization
 from gpuad.array.cupy_backend import CupyBackend as _CupyBackend
 from gpuad.array.cupy_backend import current_cuda_index as _current_cuda_index
@@ -308,6 +322,7 @@ def mem_get_info(device: Any = None) -> tuple[int, int]:
 def empty_cache() -> None:
     """Give the memory that CuPy's pools keep on all devices, and no array uses, back to the driver."""
     cupy = _load()
+    _streams.release_done()
     for index in range(device_count()):
         with cupy.cuda.Device(index):
             _memory.empty_cache()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuad.array.device import cpu
+from gpuad.array.device import Device, cpu
 from gpuad.autograd.modes import no_grad
 from gpuad.errors import DeviceError, DtypeError, ShapeError
 from gpuad.kernels.update import Update, UpdateRule
@@ -30,11 +30,12 @@ def update(function: Any) -> UpdateRule:
 class _Batch:
     """The parameters of one update, device and dtype: one launch. sets: those of this step, by their numbers."""
 
-    __slots__ = ("device", "program", "sets")
+    __slots__ = ("device", "program", "sets", "settings")
 
     def __init__(self, device: Any, program: Any) -> None:
         self.device, self.program = device, program
         self.sets: list[tuple[tuple[float, ...], list]] = []
+        self.settings: list[_Setting] = []  # of each set
 
 
 class _Setting:
@@ -60,6 +61,15 @@ class _Setting:
         if found is None:
             found = self.numbers[step] = self.update.prelude(self.values, step)
         return found
+
+    def on_device(self, numbers: tuple[float, ...], backend: Any, skipped: Any) -> Any:
+        """Those numbers computed on a device, where only that knows how many of the counted steps were skipped."""
+        attempts = next(step for step, known in self.numbers.items() if known is numbers)
+        made = backend.empty((self.update.numbers,), np.dtype(np.float64))
+        outs = [made[k : k + 1].reshape(()) for k in range(self.update.numbers)]
+        given = [*self.update.given(self.values), attempts, skipped]
+        backend.elementwise(self.update.device_prelude, given, made.dtype, outs)
+        return made
 
 
 def _plain(value: Any) -> Any:
@@ -98,6 +108,48 @@ class _Entry:
         return True
 
 
+class _Skips:
+    """How many steps a device skipped since the step counts were last right: the device counts, the host does not know.
+
+    counts: the step counts, by their id, that took part in all of those steps, so that one number serves them all.
+    """
+
+    def __init__(self) -> None:
+        self.skipped: dict[Device, Any] = {}
+        self.counts: dict[int, tuple[Device, np.ndarray]] = {}
+
+    def begin(self, groups: Sequence[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> None:
+        """Settle where other parameters take part in this step than in the last."""
+        ids = set()
+        for group in groups:
+            for p in group["params"]:
+                if p._grad is not None:
+                    count = state[p].get("step") if p in state else None
+                    ids.add(id(count._data) if isinstance(count, Tensor) else None)
+        if ids != self.counts.keys():
+            self.settle()
+
+    def add(self, found: dict[Device, Any], counted: Sequence[tuple[np.ndarray, float, Device]]) -> None:
+        """Count a step that was skipped where `found` is not 0."""
+        self.counts = {id(count): (device, count) for count, _, device in counted}
+        for device, flag in found.items():
+            device.backend.add_into(self.of(device), flag)
+
+    def of(self, device: Device) -> Any:
+        """The number of skipped steps, on the device."""
+        if device not in self.skipped:
+            self.skipped[device] = device.backend.full((), 0, np.dtype(np.float64))
+        return self.skipped[device]
+
+    def settle(self) -> None:
+        """Take the skipped steps off the counts; waits for the devices that skip."""
+        known = {device: device.backend.to_host(array).item() for device, array in self.skipped.items()}
+        for device, count in self.counts.values():
+            count -= known.get(device, 0.0)
+        self.skipped.clear()
+        self.counts.clear()
+
+
 class Updater:
     """Runs a rule over parameter groups.
 
@@ -111,32 +163,65 @@ class Updater:
         self._settings: dict[int, _Setting] = {}
         self._batches: dict[tuple, _Batch] = {}
         self._made: list[tuple[Tensor, str]] = []  # the state that the current step has added: parameter and name
+        self._skips = _Skips()
 
-    def step(self, groups: Sequence[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> None:
+    def step(
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+        found_inf: dict[Device, Tensor] | None = None,
+    ) -> None:
         """Update every parameter that has a gradient; `state` is given the state that the rule needs for it.
 
-        Raises DeviceError, ShapeError or DtypeError where a gradient or a state does not fit its parameter, and
-        gpuad.cuda.OutOfMemoryError; then nothing is updated, and no state is left behind that was not there.
+        found_inf: for each device of the parameters a number there; where it is not 0 nothing is updated, and the host
+        does not wait to know. Raises DeviceError, ShapeError or DtypeError where a gradient or a state does not fit its
+        parameter, and gpuad.cuda.OutOfMemoryError; then nothing is updated, and no state is left behind that was not
+        there.
         """
         opened: list[_Batch] = []
-        counted: list[tuple[np.ndarray, float]] = []
+        counted: list[tuple[np.ndarray, float, Device]] = []
+        if found_inf is None:
+            self.settle()
+        elif self.rule.counts_steps:
+            self._skips.begin(groups, state)
         try:
             try:
                 for index, group in enumerate(groups):
                     self._collect(group, self._setting(index, group), state, opened, counted)
-                for batch in opened:
-                    batch.device.backend.prepare_update(batch.program, batch.sets)
+                runs = [(batch, *self._run(batch, found_inf)) for batch in opened]
+                for batch, sets, _ in runs:
+                    batch.device.backend.prepare_update(batch.program, sets)
             except BaseException:
                 self._unmake(state)
                 raise
-            for count, step in counted:
+            for count, step, _ in counted:
                 count.fill(step)
-            for batch in opened:
-                batch.device.backend.update(batch.program, batch.sets)
+            for batch, sets, skip in runs:
+                batch.device.backend.update(batch.program, sets, *skip)
         finally:
             self._made.clear()
             for batch in opened:
-                batch.sets = []
+                batch.sets, batch.settings = [], []
+        if found_inf is not None and self.rule.counts_steps:
+            self._skips.add({device: flag._data for device, flag in found_inf.items()}, counted)
+
+    def settle(self) -> None:
+        """Make step counts right where a device skipped steps; waits for it."""
+        if self._skips.skipped:
+            self._skips.settle()
+
+    def _run(self, batch: _Batch, found_inf: dict[Device, Tensor] | None) -> tuple[list[tuple[Any, list]], tuple]:
+        """The sets of a batch as its backend takes them, and what makes it skip them."""
+        if found_inf is None:
+            return batch.sets, ()
+        sets: list[tuple[Any, list]] = batch.sets
+        if self.rule.counts_steps:
+            backend, skipped = batch.device.backend, self._skips.of(batch.device)
+            sets = [
+                (setting.on_device(numbers, backend, skipped), items)
+                for setting, (numbers, items) in zip(batch.settings, batch.sets, strict=True)
+            ]
+        return sets, (found_inf[batch.device]._data,)
 
     def _unmake(self, state: dict[Tensor, dict[str, Any]]) -> None:
         """Take out the state that a failed step has added: the next one then is the first for these parameters."""
@@ -166,7 +251,7 @@ class Updater:
         setting: _Setting,
         state: dict[Tensor, dict[str, Any]],
         opened: list[_Batch],
-        counted: list[tuple[np.ndarray, float]],
+        counted: list[tuple[np.ndarray, float, Device]],
     ) -> None:
         """Put the parameters of a group that have gradients into the sets of their batches."""
         entries, update = self._entries, setting.update
@@ -188,12 +273,12 @@ class Updater:
                 entry = self._prepare(p, g, group, setting, state)
             if entry.count is not None:
                 step = entry.count.item() + 1.0
-                counted.append((entry.count, step))
+                counted.append((entry.count, step, p._device))
             wanted = setting.first if entry.is_first else setting
             found = wanted.numbers_at(step)
             if found is not numbers or entry.batch is not batch:
                 numbers, batch = found, entry.batch
-                items = _open(batch, numbers, opened)
+                items = _open(batch, wanted, numbers, opened)
             p._cell[0] += 1
             items.append((entry.prepared, data, grad, *entry.arrays))
 
@@ -253,7 +338,7 @@ class Updater:
         return found
 
 
-def _open(batch: _Batch, numbers: tuple[float, ...], opened: list[_Batch]) -> list:
+def _open(batch: _Batch, setting: _Setting, numbers: tuple[float, ...], opened: list[_Batch]) -> list:
     """The list of a batch for the parameters that are updated with these numbers."""
     for known, items in batch.sets:
         if known is numbers:
@@ -262,6 +347,7 @@ def _open(batch: _Batch, numbers: tuple[float, ...], opened: list[_Batch]) -> li
         opened.append(batch)
     items = []
     batch.sets.append((numbers, items))
+    batch.settings.append(setting)
     return items
 
 

@@ -40,6 +40,8 @@ class Optimizer:
     # Hyperparameters with another value in a parameter's first update; states that start from a hyperparameter, not 0.
     first: dict[str, Any] = {}
     initial: dict[str, str] = {}
+    # By device, a number there that is not 0 where a step must change nothing; GradScaler puts it here for a step.
+    found_inf: dict[Any, Tensor] | None = None
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         if isinstance(params, Tensor):
@@ -69,6 +71,8 @@ class Optimizer:
         self._updater = None if self.rule is None else Updater(self.rule, self.first, self.initial)
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._updater is not None:
+            self._updater.settle()
         return {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -143,7 +147,7 @@ class Optimizer:
                 loss = closure()
         if self._before_step:
             self._call(self._before_step)
-        self._updater.step(self.param_groups, self.state)
+        self._updater.step(self.param_groups, self.state, self.found_inf)
         if self._after_step:
             self._call(self._after_step)
         return loss
@@ -164,6 +168,8 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """{"state": {number of the parameter: its state}, "param_groups": [...]}; tensors are shared, not copied."""
+        if self._updater is not None:
+            self._updater.settle()
         numbers: dict[Tensor, int] = {}
         groups = []
         for group in self.param_groups:
@@ -192,6 +198,8 @@ class Optimizer:
                 )
         numbers = [key for group in saved for key in group["params"]]
         parameters = dict(zip(numbers, (p for group in self.param_groups for p in group["params"])))
+        if self._updater is not None:
+            self._updater.settle()
         state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
         for key, own in state_dict["state"].items():
             if key in parameters:

@@ -113,3 +113,14 @@ def test_forward_and_reverse(device):
     shown = run("forward_and_reverse.py", "--device", device)
     assert all(operation in shown for operation in ("mul", "add", "sub"))
     assert shown.rstrip().endswith("All agree.")
+
+
+def test_cupy_kernel(cuda_device):
+    shown = run("cupy_kernel.py", "--device", cuda_device)
+    differences = [float(number) for number in re.findall(r"finite differences: (\S+)", shown)]
+    assert len(differences) == 2
+    assert max(differences) < 1e-7
+
+
+def test_cupy_kernel_says_why_it_cannot_run_on_the_host():
+    assert "CuPy's kernels run on CUDA devices, and this is cpu" in run("cupy_kernel.py", "--device", "cpu")

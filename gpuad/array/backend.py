@@ -183,6 +183,16 @@ class Backend:
     def synchronize(self) -> None:
         """Wait until all work given to the device is done."""
 
+    def uploader(self, depth: int) -> Any:
+        """What copies batches here beside computation (gpuad.array.streams.Uploader); None where nothing is gained."""
+        return None
+
+    def record_stream(self, array: Any, stream: Any) -> None:
+        """Keep the memory of an array from being reused before the work of `stream` is done; the host has no streams.
+
+        stream: CuPy's.
+        """
+
     def check_faults(self) -> None:
         """Raise what check_index found, where the host has waited for the device by other means than `synchronize`."""
 
@@ -194,12 +204,26 @@ class Backend:
         """`elementwise` where arguments may have other dtypes than `dtype`, and may not broadcast (ValueError)."""
         return self.elementwise(formula, self.cast_operands(formula, arguments, dtype), dtype, outs)
 
-    def prepare_update(self, program: Any, sets: Sequence[tuple[tuple[float, ...], list]]) -> None:
+    def prepare_update(self, program: Any, sets: Sequence[tuple[Any, list]]) -> None:
         """Do what `update` needs memory for: it then runs to its end, and no step is left half done."""
 
-    def update(self, program: Any, sets: Sequence[tuple[tuple[float, ...], list]]) -> None:
-        """Run a program of gpuad.kernels.update on the parameters of each set, in place."""
+    def update(self, program: Any, sets: Sequence[tuple[Any, list]], *skip: Any) -> None:
+        """Run a program of gpuad.kernels.update on the parameters of each set, in place.
+
+        skip: where `peek` does not know it, a number on the device; where it is not 0 nothing changes.
+        """
         if self.current:
-            program.run(sets)
+            program.run(sets, *skip)
         else:
-            self.inside(program.run, sets)
+            self.inside(program.run, sets, *skip)
+
+    def peek(self, flag: Any) -> bool | None:
+        """Whether a 0-d array is not 0, or None where the host would have to wait for it."""
+        raise NotImplementedError
+
+    def unscale(self, arrays: Sequence[Any], scale: Any, found: Any) -> None:
+        """Divide arrays of one dtype by `scale`, in place; `found` becomes 1 where an element is not finite.
+
+        scale, found: 0-d, float32.
+        """
+        raise NotImplementedError

@@ -150,12 +150,12 @@ class CupyBackend(Backend):
 
         cudaMemcpyPeerAsync needs no peer access: without it the driver goes through the host.
         """
-        there = array.data.device_id
+        there, shape = array.data.device_id, array.shape  # ascontiguousarray makes 0-d arrays 1-d
         with cupy.cuda.Device(there):
             array = cupy.ascontiguousarray(array)
             source = cupy.cuda.get_current_stream()
             written = source.record(cupy.cuda.Event(disable_timing=True))
-        made = cupy.empty(array.shape, array.dtype)
+        made = cupy.empty(shape, array.dtype)
         if made.size:
             stream = cupy.cuda.get_current_stream()
             stream.wait_event(written)
@@ -179,6 +179,16 @@ class CupyBackend(Backend):
 
     def check_faults(self) -> None:
         self._fault.check()
+
+    def uploader(self, depth: int) -> Any:
+        from gpuad.array.streams import Uploader
+
+        return Uploader(self._device, depth)
+
+    def record_stream(self, array: Any, stream: Any) -> None:
+        from gpuad.array.streams import record_stream
+
+        record_stream(array, stream)
 
     # Arrays -----------------------------------------------------------------------------------------------------------
 
@@ -289,8 +299,17 @@ class CupyBackend(Backend):
         return product if bias is None else cupy.add(product, bias, product)
 
     @_here
-    def prepare_update(self, program: Any, sets: Sequence[tuple[tuple[float, ...], list]]) -> None:
+    def prepare_update(self, program: Any, sets: Sequence[tuple[Any, list]]) -> None:
         program.ready(sets)
+
+    def peek(self, flag: Any) -> bool | None:
+        return None
+
+    @_here
+    def unscale(self, arrays: Sequence[Any], scale: Any, found: Any) -> None:
+        from gpuad.kernels.unscale_cuda import unscale
+
+        unscale(arrays, scale, found)
 
     # Indices ----------------------------------------------------------------------------------------------------------
 

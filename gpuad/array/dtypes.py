@@ -65,6 +65,11 @@ def as_dtype(dtype: Any) -> np.dtype:
         found = None
     if found is not None and found.newbyteorder("=") in SUPPORTED:
         return found.newbyteorder("=")
+    if str(dtype).rpartition(".")[2].strip("'<>") in ("bfloat16", "bf16"):
+        raise DtypeError(
+            "bfloat16 is not a dtype of gpuad: NumPy has it only through the package ml_dtypes, as a dtype that is "
+            "none of its floating kinds. Use float16 (with gpuad.amp.GradScaler where gradients are small) or float32."
+        )
     known = ", ".join(sorted(str(d) for d in SUPPORTED))
     raise DtypeError(f"{dtype!r} is not a dtype of gpuad; the dtypes are {known}.")
 

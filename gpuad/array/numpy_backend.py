@@ -103,6 +103,15 @@ class NumpyBackend(Backend):
         np.copyto(made, array)
         return made
 
+    def peek(self, flag: np.ndarray) -> bool | None:
+        return bool(flag)
+
+    def unscale(self, arrays: Sequence[np.ndarray], scale: np.ndarray, found: np.ndarray) -> None:
+        for array in arrays:
+            if not np.isfinite(array).all():
+                found[...] = 1
+            np.multiply(array, array.dtype.type(1 / float(scale)), out=array)
+
     def check_index(self, index: np.ndarray, length: int, what: str, wrap_negative: bool = True) -> None:
         indices.check(index, length, what, wrap_negative)
 

@@ -1,5 +1,6 @@
 """Automatic differentiation: the tape, the reverse walk, forward mode, grad modes, custom functions, checks."""
 
+from gpuad.autograd import autocast as _autocast  # noqa: F401  (puts the dispatch of operands in place)
 from gpuad.autograd import live as _live  # noqa: F401  (tells gpuad.array.memory what is alive)
 from gpuad.autograd.forward import jvp as _jvp  # noqa: F401  (puts forward mode in place)
 from gpuad.autograd.function import Function

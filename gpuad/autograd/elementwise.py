@@ -94,8 +94,9 @@ class Elementwise(Op):
         register: bool = True,
         labels: Sequence[str] = (),
         hidden: int = 0,
+        autocast: str | None = None,
     ) -> None:
-        super().__init__(name, doc, samples, register)
+        super().__init__(name, doc, samples, register, autocast)
         self.defaults: dict[str, Any] = {}
         if not isinstance(formula, Formula):
             parameters = inspect.signature(formula).parameters.values()
@@ -456,7 +457,7 @@ class Elementwise(Op):
         if self.several:
             raise FormulaError(f"{self.name} has several outputs; it has no in-place form.")
         if Interpreters.active:
-            result = Interpreters.apply(self, inputs, {})
+            result = Interpreters.dual(self, inputs, {})
             if result is not NotImplemented:
                 return Interpreters.write(self.name, target, result)
         device = check_devices(self.name, inputs, self.names)
@@ -531,14 +532,15 @@ def elementwise(
     method: bool = True,
     nn: bool = False,
     in_place: bool = False,
+    autocast: str | None = None,
 ) -> Elementwise:
     """Declare an elementwise operation by its formula; everything else is derived.
 
     samples: inputs for the generic tests, as (shapes or values…) tuples; see tests/test_ops.py. operator: the Python
     operator it stands for ("add": __add__, __radd__, __iadd__). aliases: other public names. method: whether it is a
-    Tensor method too. in_place: whether there is `<name>_`.
+    Tensor method too. in_place: whether there is `<name>_`. autocast: see Op.
     """
-    made = Elementwise(name, formula, samples, doc, labels=labels)
+    made = Elementwise(name, formula, samples, doc, labels=labels, autocast=autocast)
     made.operator, made.has_in_place = operator, in_place or bool(operator)
     function(made, name=name, method=method, nn=nn, aliases=aliases)
     return made

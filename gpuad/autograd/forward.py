@@ -48,20 +48,24 @@ def make_dual(primal: Tensor, tangent: Tensor, level: int) -> Dual:
     return made  # type: ignore[return-value]
 
 
+def counted(change: int) -> None:
+    """Count a level or an autocast region that is entered (+1) or left (−1), in any thread."""
+    with _counting:
+        Interpreters.active += change
+
+
 class Level:
     """A context in which one level of forward differentiation is open; gives its number."""
 
     def __enter__(self) -> int:
-        with _counting:
-            Interpreters.active += 1
+        counted(1)
         _levels.depth += 1
         self.number = _levels.depth
         return self.number
 
     def __exit__(self, *exc: object) -> None:
         _levels.depth -= 1
-        with _counting:
-            Interpreters.active -= 1
+        counted(-1)
 
 
 def unpack(x: Any, level: int) -> tuple[Any, Any]:
@@ -159,6 +163,6 @@ def jvp(function: Callable, primals: Sequence[Tensor], tangents: Sequence[Tensor
     return (tuple(values), tuple(derivatives)) if several else (values[0], derivatives[0])
 
 
-Interpreters.apply = staticmethod(apply)
+Interpreters.dual = staticmethod(apply)
 Interpreters.write = staticmethod(write)
 Interpreters.grad = staticmethod(gradient)

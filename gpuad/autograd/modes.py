@@ -13,6 +13,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 class _State(threading.local):
     enabled = True
     inference = False
+    autocast: Any = None  # what gpuad.autocast does here; see gpuad/autograd/autocast.py
 
 
 state = _State()

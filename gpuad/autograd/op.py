@@ -50,12 +50,14 @@ def function(
 
 
 class Interpreters:
-    """How many forward-mode levels are open; while none is, no operand can be a dual number."""
+    """How many forward-mode levels and autocast regions are open; while none is, operands are taken as they are."""
 
     active = 0
-    # forward.py puts its rules here: (op, inputs, params) -> result, (name, target, result) -> target, and
-    # (roots, targets, weights, create_graph) -> gradients.
+    # autocast.py puts its rule here: (op, inputs, params) -> result. It goes on to `dual`, of the same form, where
+    # forward.py puts its own, with (name, target, result) -> target and (roots, targets, weights, create_graph) ->
+    # gradients. An operation in place keeps the dtype of its target, and asks `dual` at once.
     apply: Callable[..., Any]
+    dual: Callable[..., Any]
     write: Callable[..., Any]
     grad: Callable[..., Any]
 
@@ -64,14 +66,24 @@ class Op:
     """What elementwise and other operations have in common.
 
     name, doc: for errors and documentation. samples: functions (or tuples) of inputs for the generic tests.
+    autocast: what gpuad.autocast computes it in: "lower", its dtype; "float32"; None, what promotion says.
     """
 
     name: str
     doc: str
     samples: Sequence[Any]
+    autocast: str | None
 
-    def __init__(self, name: str, doc: str = "", samples: Sequence[Any] = (), register: bool = True) -> None:
+    def __init__(
+        self,
+        name: str,
+        doc: str = "",
+        samples: Sequence[Any] = (),
+        register: bool = True,
+        autocast: str | None = None,
+    ) -> None:
         self.name = name
+        self.autocast = autocast
         self.doc = self.__doc__ = doc
         self.samples = samples
         self.__name__ = self.__qualname__ = name

@@ -120,8 +120,9 @@ class Primitive(Op):
         variadic: bool = False,
         moves: bool = False,
         register: bool = True,
+        autocast: str | None = None,
     ) -> None:
-        super().__init__(name, doc, samples, register)
+        super().__init__(name, doc, samples, register, autocast)
         self.forward = forward
         parameters = list(inspect.signature(forward).parameters.values())[1:]
         self.names = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]

@@ -18,7 +18,7 @@ from gpuad.tensor import Tensor, wrap
 
 
 class Reduced(Elementwise):
-    """Σ term / total over all elements (rows) of a formula.
+    """Σ term / total over all elements (rows) of a formula; under autocast in float32, as all losses are.
 
     The formula's outputs are the term, with `weighted` the weight of each row, and hidden ones. total: 1 for the sum,
     the number of terms for the mean, the sum of the weights for a weighted mean. Returns a 0-d tensor.
@@ -45,7 +45,7 @@ class Reduced(Elementwise):
         kept = self.term.outputs[2 if weighted else 1 :]
         levels = [self.term.levels[0], *self.term.levels[len(self.term.outputs) - len(kept) :]]
         scaled = Formula(name, [*self.term.inputs, scale], [first, *kept], levels)
-        super().__init__(name, scaled, samples, doc, hidden=len(kept))
+        super().__init__(name, scaled, samples, doc, hidden=len(kept), autocast="float32")
         self._promoted = frozenset(self.term.promoted)
         self.first_element = next((i for i, v in enumerate(self.term.inputs) if v.level == "element"), 0)
 

@@ -309,8 +309,8 @@ def backward(
         return
     walk = Walk(create_graph, create_graph if retain_graph is None else retain_graph, True)
     seeds = [(_place(root), _seed(root, weight, create_graph)) for root, weight in zip(roots, weights)]
-    enabled = state.enabled
-    state.enabled = create_graph
+    enabled, autocast = state.enabled, state.autocast
+    state.enabled, state.autocast = create_graph, None
     try:
         while seeds:  # taken out one by one: what the walk adds to, nobody else may hold
             walk.contribute(*seeds.pop(0))
@@ -320,7 +320,7 @@ def backward(
         walk.undo()
         raise
     finally:
-        state.enabled = enabled
+        state.enabled, state.autocast = enabled, autocast
 
 
 def grad(
@@ -357,15 +357,15 @@ def grad(
     walk = Walk(create_graph, create_graph if retain_graph is None else retain_graph, False)
     seeds = [_seed(root, weight, create_graph) for root, weight in zip(roots, weights, strict=True)]
     needed = _leading_to([_place(r) for r in roots], places)
-    enabled = state.enabled
-    state.enabled = create_graph
+    enabled, autocast = state.enabled, state.autocast
+    state.enabled, state.autocast = create_graph, None
     try:
         for root, seed in zip(roots, seeds, strict=True):
             if _place(root) in needed or _place(root) in places:
                 walk.contribute(_place(root), seed)
         walk.run(places, needed)
     finally:
-        state.enabled = enabled
+        state.enabled, state.autocast = enabled, autocast
     results: list[Tensor | None] = []
     sole = {} if create_graph else _sole(walk.gradients)
     handed: set[Any] = set()  # a target may be asked for twice

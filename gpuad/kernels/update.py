@@ -8,6 +8,7 @@ compiles nothing.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import re
@@ -116,16 +117,22 @@ class Update:
         self.numbers = len(symbols)
         self.formula = Formula(self.name, [*inputs, *symbols], body)
         self._prelude = _write_prelude(numbers, shared)
+        self._numbers_of = numbers, shared
         self.compiled: dict[Any, Any] = {}  # what a language's programs share, by keys of theirs
 
-    def prelude(self, values: Sequence[Any], step: float | None = None) -> tuple[float, ...]:
-        """The numbers of the formula, from the values of the rule's hyperparameters."""
+    def given(self, values: Sequence[Any]) -> list[float]:
+        """The hyperparameters as numbers in a row, without the flags."""
         given: list[float] = []
         for value in values:
             if type(value) is tuple:
                 given += value
             elif type(value) is not bool:
                 given.append(value)
+        return given
+
+    def prelude(self, values: Sequence[Any], step: float | None = None) -> tuple[float, ...]:
+        """The numbers of the formula, from the values of the rule's hyperparameters."""
+        given = self.given(values)
         if step is not None:
             given.append(step)
         try:
@@ -133,6 +140,14 @@ class Update:
         except (ArithmeticError, ValueError):  # 1 / 0 or the root of −1, perhaps of a branch not taken: inf and nan
             with np.errstate(all="ignore"):
                 return tuple(map(float, self._prelude(np.sqrt, *map(np.float64, given))))
+
+    @functools.cached_property
+    def device_prelude(self) -> Formula:
+        """The prelude of a rule that counts steps, as a formula for a device: step = attempts − skipped."""
+        (*given, step), shared = self._numbers_of
+        attempts, skipped = variable("attempts"), variable("skipped")
+        results = substitute(shared, {step: attempts - skipped})
+        return Formula(f"{self.name}_prelude", [*given, attempts, skipped], results)
 
     def program(self, language: str, dtype: np.dtype) -> Any:
         """A new program for arrays of one dtype, with scratch memory of its own."""

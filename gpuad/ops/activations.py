@@ -27,6 +27,7 @@ softplus = elementwise(
     "softplus", lambda input, beta=1.0, threshold=20.0: _softplus(input, beta, threshold),
     [(S((3, 4)), 1.0, 20.0), (S((5,), -60, 60), 2.0, 20.0)],
     "Smooth relu, log(1 + exp(beta input)) / beta; the identity where beta input > threshold.", nn=True,
+    autocast="float32",
 )  # fmt: skip
 gelu_erf = elementwise("gelu", lambda input: input * 0.5 * (1 + erf(input * (1 / math.sqrt(2)))), unary(),
                        "input · Φ(input), Φ the normal distribution function.", nn=True)  # fmt: skip
@@ -54,7 +55,8 @@ leaky_relu = elementwise(
     [(S((3, 4), -2, 2, (0,)), 0.1)], "input where positive, else negative_slope · input.", nn=True,
 )  # fmt: skip
 prelu = elementwise("prelu", lambda input, weight: where(input > 0, input, input * weight),
-                     [(S((3, 4), -2, 2, (0,)), S((4,)))], "leaky_relu with a learned slope.", method=False)  # fmt: skip
+                     [(S((3, 4), -2, 2, (0,)), S((4,)))], "leaky_relu with a learned slope.", method=False,
+                     autocast="lower")  # fmt: skip
 relu6 = elementwise("relu6", lambda input: clamp(input, 0.0, 6.0), [(S((3, 4), -8, 8, (0, 6)),)],
                     "min(max(input, 0), 6).", nn=True)  # fmt: skip
 hardtanh = elementwise("hardtanh", lambda input, min_val=-1.0, max_val=1.0: clamp(input, min_val, max_val),

@@ -33,9 +33,17 @@ remainder = elementwise(
 )  # fmt: skip
 fmod = elementwise("fmod", lambda input, other: f.fmod(input, other), [(S((3, 4), 2.1, 2.4), S((3, 4), 0.85, 0.95))],
                    "The remainder with the sign of input, as C's fmod.")  # fmt: skip
-power = elementwise("pow", lambda input, exponent: f.pow(input, exponent), binary(0.5, 2.0), "input to the exponent.")
+power = elementwise(
+    "pow",
+    lambda input, exponent: f.pow(input, exponent),
+    binary(0.5, 2.0),
+    "input to the exponent.",
+    autocast="float32",
+)
 square = elementwise("square", lambda input: f.square(input), unary(), "input · input.", in_place=True)
-reciprocal = elementwise("reciprocal", lambda input: 1 / input, unary(0.5, 2), "1 / input.", in_place=True)
+reciprocal = elementwise(
+    "reciprocal", lambda input: 1 / input, unary(0.5, 2), "1 / input.", in_place=True, autocast="float32"
+)
 maximum = elementwise("maximum", lambda input, other: f.maximum(input, other), [(S((3, 4), 1, 2), S((3, 4), -1, 0)),
                       (S((3, 4), -1, 0), S((4,), 1, 2))],
                       "The larger; NaN wins; ties share the gradient.")  # fmt: skip
@@ -84,7 +92,7 @@ def _to_the(n: float) -> Any:
 # Exponents that are written out as products, roots and quotients: 50 times faster than pow on the host (measured). A
 # bounded set, so that a new exponent never compiles a new kernel.
 _EXPONENTS: dict[float, Op] = {
-    n: Elementwise(f"pow_{n}".replace("-", "minus_").replace(".", "_"), _to_the(n), register=False)
+    n: Elementwise(f"pow_{n}".replace("-", "minus_").replace(".", "_"), _to_the(n), register=False, autocast="float32")
     for n in (-2, -1, -0.5, 0.5, 2, 3, 4)
 }
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuad.array import dtypes
+from gpuad.array import dtypes, streams
 from gpuad.array.device import Device, as_device
 from gpuad.autograd.op import function
 from gpuad.autograd.primitive import Primitive, linear, primitive
@@ -158,15 +158,79 @@ def cuda_array_interface(self: Tensor) -> Any:
     return self._data.__cuda_array_interface__
 
 
-def dlpack(self: Tensor, **kwargs: Any) -> Any:
-    """The tensor's memory as a DLPack capsule, without a copy."""
+def cupy(self: Tensor) -> Any:
+    """The elements as a cupy.ndarray that shares the memory of a tensor on a CUDA device.
+
+    It is what a cupy.RawKernel takes. Refused for tensors that require grad (detach() first) and on cpu.
+    """
+    if self._requires_grad:
+        raise AutogradError(
+            "A CuPy array of a tensor that requires grad would lose the graph silently. Use x.detach(), or put the "
+            "CuPy code with its gradient into a gpuad.autograd.Function."
+        )
+    if self._device.type != "cuda":
+        raise TypeError(f"A CuPy array of a tensor on {self._device}; move it first: x.to('cuda').")
+    return self._data
+
+
+def dlpack(
+    self: Tensor, *, stream: Any = None, max_version: Any = None, dl_device: Any = None, copy: bool | None = None
+) -> Any:
+    """The tensor's memory as a DLPack capsule, without a copy unless `copy` is True or dl_device is another device.
+
+    stream: the consumer's, which will wait for the work that is under way. max_version, dl_device, copy: as the array
+    API standard has them. Raises AutogradError where the tensor requires grad, BufferError where a copy is needed and
+    copy is False.
+    """
     _no_graph_lost(self, "A DLPack capsule")
-    return self._data.__dlpack__(**kwargs)
+    backend, data = self._device.backend, self._data
+    own = tuple(map(int, data.__dlpack_device__()))
+    if dl_device is not None and tuple(map(int, dl_device)) != own:
+        if copy is False or int(dl_device[0]) != 1:
+            raise BufferError(
+                f"__dlpack__ of a tensor on {self._device} cannot give memory of device {tuple(dl_device)} "
+                f"{'without a copy' if copy is False else ''}; move the tensor first, x.to(…)."
+            )
+        data, stream = backend.to_host(data), None
+    elif copy:
+        data = backend.copy(data)
+    named = {} if max_version is None else {"max_version": max_version}
+    return backend.inside(data.__dlpack__, stream=stream, **named)
 
 
 def dlpack_device(self: Tensor) -> Any:
     """(kind, index) of the device, as DLPack numbers them."""
     return self._data.__dlpack_device__()
+
+
+def record_stream(self: Tensor, stream: Any) -> None:
+    """Say that `stream` uses the tensor's memory: it is not reused before the work which that stream has when the
+    tensor goes is done. Needed where a tensor is used on another stream than it was made on; see gpuad.cuda.
+
+    stream: a gpuad.cuda.Stream or CuPy's. On cpu it does nothing.
+    """
+    self._device.backend.record_stream(self._data, getattr(stream, "cupy", stream))
+
+
+def is_pinned(self: Tensor) -> bool:
+    """Whether a cpu tensor lies in page-locked memory."""
+    return isinstance(self._data, np.ndarray) and streams.is_pinned(self._data)
+
+
+def pin_memory(self: Tensor) -> Tensor:
+    """A cpu tensor in page-locked memory, from which copies to a CUDA device run beside all else; itself if it is.
+
+    Raises TypeError for a tensor on a CUDA device, AutogradError where it requires grad, and DeviceError where there is
+    no CUDA device.
+    """
+    if not isinstance(self._data, np.ndarray):
+        raise TypeError(f"pin_memory() is for tensors on cpu, this one is on {self._device}; use x.cpu().pin_memory().")
+    if is_pinned(self):
+        return self
+    _no_graph_lost(self, "A pinned copy")
+    made = streams.pinned_empty(self._data.shape, self._data.dtype)
+    np.copyto(made, self._data)
+    return wrap(made, self._device)
 
 
 def _number(kind: type) -> Any:
@@ -251,7 +315,9 @@ def copy_(self: Tensor, src: Any, non_blocking: bool = False) -> Tensor:
 
 _METHODS = {
     "cuda": cuda, "item": item, "tolist": tolist, "numpy": numpy, "__array__": array_protocol, "__dlpack__": dlpack,
-    "__dlpack_device__": dlpack_device, "__float__": _number(float), "__int__": _number(int),
+    "record_stream": record_stream, "is_pinned": is_pinned, "pin_memory": pin_memory,
+    "__dlpack_device__": dlpack_device, "cupy": cupy,
+    "__cupy_get_ndarray__": cupy, "__float__": _number(float), "__int__": _number(int),
     "__complex__": _number(complex), "__bool__": to_bool, "__index__": to_index, "__repr__": representation,
     "__format__": text_format, "__deepcopy__": deep_copy, "__reduce_ex__": reduce, "copy_": copy_,
 }  # fmt: skip

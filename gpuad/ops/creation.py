@@ -12,7 +12,7 @@ from gpuad.array import dtypes, random
 from gpuad.array.device import as_device, of_array
 from gpuad.array.random import Generator
 from gpuad.autograd.op import function
-from gpuad.errors import DtypeError, ShapeError
+from gpuad.errors import DeviceError, DtypeError, ShapeError
 from gpuad.tensor import Tensor, wrap
 
 
@@ -121,13 +121,36 @@ def from_numpy(array: np.ndarray) -> Tensor:
 
 
 @function(method=False)
-def from_dlpack(ext_tensor: Any) -> Tensor:
-    """A Tensor that shares the memory of any array with __dlpack__ (NumPy, CuPy, PyTorch, JAX)."""
+def from_dlpack(ext_tensor: Any, *, device: Any = None, copy: bool | None = None) -> Tensor:
+    """A Tensor that shares the memory of any array with __dlpack__ (NumPy, CuPy, PyTorch, JAX).
+
+    device: where it is to be, which copies where that is another one; copy: whether to copy (True), to refuse
+    where there must be one (False), or either. Work of the owner's stream comes first. Memory that the owner says is
+    read-only can be read but not written. Raises TypeError, DeviceError or DtypeError for what gpuad has not.
+    """
+    if not hasattr(ext_tensor, "__dlpack__"):
+        raise TypeError(
+            f"from_dlpack takes an array with __dlpack__, got {type(ext_tensor).__name__}; use gpuad.tensor(…)."
+        )
     kind, index = ext_tensor.__dlpack_device__()
-    place = as_device("cpu") if int(kind) in (1, 3) else as_device(f"cuda:{index}")
+    name = _DLPACK_DEVICES.get(int(kind))
+    if name is None:
+        raise DeviceError(
+            f"from_dlpack got an array on a device of DLPack's kind {int(kind)}; gpuad has cpu and CUDA devices. Move "
+            "it to one of them first."
+        )
+    place = as_device(name.format(index))
     array = place.backend.xp.from_dlpack(ext_tensor)
     dtypes.as_dtype(array.dtype)
-    return wrap(array, place)
+    made = wrap(array, place)
+    there = place if device is None else as_device(device)
+    if there is not place and copy is False:
+        raise ValueError(f"from_dlpack(copy=False) cannot bring an array from {place} to {there}; leave copy out.")
+    return made.to(there, copy=bool(copy))
+
+
+# DLPack's kinds of devices (dlpack.h, DLDeviceType): the host, CUDA, host memory pinned for CUDA, managed memory.
+_DLPACK_DEVICES = {1: "cpu", 2: "cuda:{}", 3: "cpu", 13: "cuda:{}"}
 
 
 def _filled(value: Any) -> Any:

@@ -18,29 +18,29 @@ def mT(x: Any) -> Any:
     return x.swapaxes(-1, -2)
 
 
-def _check(name: str, a: Any, b: Any, fits: bool) -> None:
+def _check_shapes(name: str, a: Any, b: Any, fits: bool) -> None:
     if not fits:
         raise ShapeError(
             f"{name} got shapes that do not fit together:\n  a  {describe(a)}\n  b  {describe(b)}\n"
             "The last dimension of a must equal the second last (or only) one of b; transpose one of them, e.g. b.T."
         )
+
+
+def _gemm(backend: Any, a: Any, b: Any) -> Any:
+    _check_shapes("matmul", a, b, a.shape[-1] == b.shape[-2])
     if a.dtype != b.dtype:
         raise DtypeError(
-            f"{name} got operands of different dtypes:\n  a  {describe(a)}\n  b  {describe(b)}\n"
+            f"matmul got operands of different dtypes:\n  a  {describe(a)}\n  b  {describe(b)}\n"
             f"Convert one of them, e.g. b.to(gpuad.{a.dtype})."
         )
+    if a.dtype.kind != "f":
+        return backend.xp.matmul(a, b)
+    return backend.gemm(a, b)
 
 
 def _sum_to(g: Any, shape: tuple[int, ...]) -> Any:
     """g summed over the dimensions in which an operand of `shape` was broadcast."""
     return g if tuple(g.shape) == tuple(shape) else sum_to_size(g, shape)
-
-
-def _gemm(backend: Any, a: Any, b: Any) -> Any:
-    _check("matmul", a, b, a.shape[-1] == b.shape[-2])
-    if a.dtype.kind != "f":
-        return backend.xp.matmul(a, b)
-    return backend.gemm(a, b)
 
 
 # Matrices and stacks of matrices; vectors are made matrices by matmul() below.
@@ -55,6 +55,7 @@ gemm = primitive(
     samples=[(S((3, 4)), S((4, 5))), (S((2, 3, 4)), S((2, 4, 5))), (S((2, 1, 3, 4)), S((5, 4, 2))),
              (S((0, 4)), S((4, 5))), (S((3, 0)), S((0, 5)))],
     doc="a @ b for matrices and stacks of matrices.",
+    autocast="lower",
 )  # fmt: skip
 
 
@@ -92,7 +93,7 @@ def matmul(input: Any, other: Any) -> Any:
         )
     if rows > 1 and columns > 1:
         if columns == 2 and rows > 2:  # one large product instead of a stack of small ones
-            _check("matmul", input, other, input.shape[-1] == other.shape[0])
+            _check_shapes("matmul", input, other, input.shape[-1] == other.shape[0])
             flat = input.reshape((-1, input.shape[-1])) if input.shape[-1] else None
             if flat is not None:
                 return gemm(flat, other).reshape((*input.shape[:-1], other.shape[-1]))

@@ -116,6 +116,7 @@ linear_ = LinearOp(
     },
     samples=[(S((3, 4)), S((5, 4)), S((5,))), (S((3, 4)), S((5, 4)), None), (S((0, 4)), S((5, 4)), S((5,)))],
     doc="x @ weight.T + bias for a matrix x.",
+    autocast="lower",
 )
 
 

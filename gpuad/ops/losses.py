@@ -18,7 +18,7 @@ class _Loss:
 
     def __init__(self, name: str, term: Any, samples: Any, doc: str) -> None:
         self.name = name
-        self.each = Elementwise(f"{name}_each", term, samples, doc)
+        self.each = Elementwise(f"{name}_each", term, samples, doc, autocast="float32")
         self.over_all = Reduced(name, term, samples, doc)
 
     def __call__(self, *inputs: Any, reduction: str) -> Any:
@@ -160,7 +160,7 @@ _bce_positive = elementwise(
     lambda input, target, pos_weight: (1 - target) * input
     + (1 + (pos_weight - 1) * target) * (log1p(exp(-abs(input))) + maximum(-input, 0.0)),
     [(S((3, 4), -2, 2, (0,)), S((3, 4), 0.1, 0.9), S((4,), 0.5, 2))],
-    "binary_cross_entropy_with_logits with a weight on the positive terms.", nn=True,
+    "binary_cross_entropy_with_logits with a weight on the positive terms.", nn=True, autocast="float32",
 )  # fmt: skip
 _kl = _Loss(
     "kl_div",

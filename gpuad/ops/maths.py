@@ -10,25 +10,39 @@ from gpuad.autograd.op import function
 from gpuad.kernels import scalar as f
 from gpuad.ops.samples import S, binary, unary
 
-exp = elementwise("exp", lambda input: f.exp(input), unary(), "e to the input.", in_place=True)
+exp = elementwise("exp", lambda input: f.exp(input), unary(), "e to the input.", in_place=True, autocast="float32")
 exp2 = elementwise("exp2", lambda input: f.exp2(input), unary(), "2 to the input.")
-expm1 = elementwise("expm1", lambda input: f.expm1(input), unary(), "e to the input, minus 1, accurate near 0.")
-log = elementwise("log", lambda input: f.log(input), unary(0.2, 3), "The natural logarithm.", in_place=True)
-log2 = elementwise("log2", lambda input: f.log2(input), unary(0.2, 3), "The logarithm to base 2.")
-log10 = elementwise("log10", lambda input: f.log10(input), unary(0.2, 3), "The logarithm to base 10.")
-log1p = elementwise("log1p", lambda input: f.log1p(input), unary(-0.5, 3), "log(1 + input), accurate near 0.")
+expm1 = elementwise(
+    "expm1", lambda input: f.expm1(input), unary(), "e to the input, minus 1, accurate near 0.", autocast="float32"
+)
+log = elementwise(
+    "log", lambda input: f.log(input), unary(0.2, 3), "The natural logarithm.", in_place=True, autocast="float32"
+)
+log2 = elementwise("log2", lambda input: f.log2(input), unary(0.2, 3), "The logarithm to base 2.", autocast="float32")
+log10 = elementwise(
+    "log10", lambda input: f.log10(input), unary(0.2, 3), "The logarithm to base 10.", autocast="float32"
+)
+log1p = elementwise(
+    "log1p", lambda input: f.log1p(input), unary(-0.5, 3), "log(1 + input), accurate near 0.", autocast="float32"
+)
 sqrt = elementwise("sqrt", lambda input: f.sqrt(input), unary(0.2, 3), "The square root.", in_place=True)
-rsqrt = elementwise("rsqrt", lambda input: f.rsqrt(input), unary(0.2, 3), "1 / sqrt(input).", in_place=True)
+rsqrt = elementwise(
+    "rsqrt", lambda input: f.rsqrt(input), unary(0.2, 3), "1 / sqrt(input).", in_place=True, autocast="float32"
+)
 sin = elementwise("sin", lambda input: f.sin(input), unary(), "The sine.", in_place=True)
 cos = elementwise("cos", lambda input: f.cos(input), unary(), "The cosine.", in_place=True)
-tan = elementwise("tan", lambda input: f.tan(input), unary(-1, 1), "The tangent.")
-asin = elementwise("asin", lambda input: f.asin(input), unary(-0.8, 0.8), "The inverse sine.", aliases=["arcsin"])
-acos = elementwise("acos", lambda input: f.acos(input), unary(-0.8, 0.8), "The inverse cosine.", aliases=["arccos"])
+tan = elementwise("tan", lambda input: f.tan(input), unary(-1, 1), "The tangent.", autocast="float32")
+asin = elementwise(
+    "asin", lambda input: f.asin(input), unary(-0.8, 0.8), "The inverse sine.", aliases=["arcsin"], autocast="float32"
+)
+acos = elementwise(
+    "acos", lambda input: f.acos(input), unary(-0.8, 0.8), "The inverse cosine.", aliases=["arccos"], autocast="float32"
+)
 atan = elementwise("atan", lambda input: f.atan(input), unary(), "The inverse tangent.", aliases=["arctan"])
 atan2 = elementwise("atan2", lambda input, other: f.atan2(input, other), binary(0.5, 2),
                     "The angle of the point (other, input).", aliases=["arctan2"])  # fmt: skip
-sinh = elementwise("sinh", lambda input: f.sinh(input), unary(), "The hyperbolic sine.")
-cosh = elementwise("cosh", lambda input: f.cosh(input), unary(), "The hyperbolic cosine.")
+sinh = elementwise("sinh", lambda input: f.sinh(input), unary(), "The hyperbolic sine.", autocast="float32")
+cosh = elementwise("cosh", lambda input: f.cosh(input), unary(), "The hyperbolic cosine.", autocast="float32")
 tanh = elementwise("tanh", lambda input: f.tanh(input), unary(), "The hyperbolic tangent.", in_place=True)
 asinh = elementwise("asinh", lambda input: f.asinh(input), unary(), "The inverse of sinh.", aliases=["arcsinh"])
 acosh = elementwise("acosh", lambda input: f.acosh(input), unary(1.2, 3), "The inverse of cosh.", aliases=["arccosh"])
@@ -43,7 +57,9 @@ round_ = elementwise("round", lambda input: f.round(input), unary(0.6, 0.9), "Ro
                      in_place=True)  # fmt: skip
 erf = elementwise("erf", lambda input: f.erf(input), unary(), "The error function.")
 erfc = elementwise("erfc", lambda input: f.erfc(input), unary(), "1 − erf(input), accurate for large input.")
-erfinv = elementwise("erfinv", lambda input: f.erfinv(input), unary(-0.8, 0.8), "The inverse of erf.")
+erfinv = elementwise(
+    "erfinv", lambda input: f.erfinv(input), unary(-0.8, 0.8), "The inverse of erf.", autocast="float32"
+)
 xlogy = elementwise("xlogy", lambda input, other: f.where(f.eq(input, 0), 0.0, input * f.log(other)), binary(0.5, 2),
                     "input · log(other), 0 where input is 0.")  # fmt: skip
 logaddexp = elementwise(

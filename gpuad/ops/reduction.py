@@ -10,6 +10,7 @@ import numpy as np
 
 from gpuad.array import dtypes
 from gpuad.array.device import of_array
+from gpuad.autograd.autocast import widened
 from gpuad.autograd.elementwise import broadcast_axes, elementwise
 from gpuad.autograd.op import function
 from gpuad.autograd.primitive import Primitive, linear, primitive
@@ -69,6 +70,7 @@ sum_ = primitive(
     jvp=linear,
     samples=reductions(),
     doc="The sum over axes.",
+    autocast="float32",
 )
 mean_ = primitive(
     "mean",
@@ -283,6 +285,7 @@ prod_ = primitive(
     jvp={"input": lambda t, input, axes, keepdims: sum_(t * _others(input, axes[0]), axes=axes, keepdims=keepdims)},
     samples=[(S((3, 4)), {"axes": (0,), "keepdims": False}), (S((2, 3, 4)), {"axes": (1,), "keepdims": True})],
     doc="The product over one axis.",
+    autocast="float32",
 )
 
 
@@ -311,6 +314,7 @@ def var(
     dim, keepdim = _named(dim, keepdim, axis, keepdims)
     if unbiased is not None:
         correction = 1 if unbiased else 0
+    input = widened(input)
     axes = axes_of("var", dim, input.ndim)
     count = math.prod(input._data.shape[a] for a in axes) if input.ndim else 1
     centred = input - mean(input, list(axes) if input.ndim else None, True)
@@ -344,6 +348,7 @@ def std_mean(input: Any, dim: Any = None, unbiased: bool | None = None, keepdim:
 @function
 def norm(input: Any, p: Any = "fro", dim: Any = None, keepdim: bool = False) -> Any:
     """The p-norm (Σ |x|ᵖ)^(1/p) over `dim`; "fro" and 2 are Euclidean, ±inf the largest and smallest |x|."""
+    input = widened(input)
     if p in ("fro", 2, None):
         return safe_sqrt(sum(input.square(), dim, keepdim))
     if p == math.inf:
@@ -384,7 +389,7 @@ cumsum_: Primitive = primitive(
     "cumsum", _cumsum, vjp={"input": lambda g, dim, reverse: cumsum_(g, dim=dim, reverse=not reverse)}, jvp=linear,
     samples=[(S((3, 4)), {"dim": 0, "reverse": False}), (S((2, 3, 4)), {"dim": 1, "reverse": True}),
              (S((0, 3)), {"dim": 1, "reverse": False})],
-    doc="Sums of all elements up to each, along a dimension.",
+    doc="Sums of all elements up to each, along a dimension.", autocast="float32",
 )  # fmt: skip
 
 

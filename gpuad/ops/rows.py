@@ -19,7 +19,7 @@ from gpuad.ops.samples import S
 def row_op(name: str, formula: Callable, doc: str, scalars: Sequence[str] = (), hidden: int = 0) -> Elementwise:
     """Declare an operation on the rows of a matrix by its row formula."""
     samples = [(S(shape), *(1e-5 for _ in scalars)) for shape in ((3, 4), (2, 1), (0, 3))]
-    return Elementwise(name, trace(formula, name, scalars=scalars), samples, doc, hidden=hidden)
+    return Elementwise(name, trace(formula, name, scalars=scalars), samples, doc, hidden=hidden, autocast="float32")
 
 
 softmax_rows = row_op("softmax", lambda x: exp(x - row_logsumexp(x)), "exp(x) / Σ exp(x) over each row of a matrix.")

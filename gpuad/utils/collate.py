@@ -31,7 +31,7 @@ def default_collate(batch: Sequence[Any]) -> Any:
     if isinstance(first, (str, bytes)):
         return list(batch)
     if isinstance(first, Mapping):
-        return _like(first, {key: default_collate([sample[key] for sample in batch]) for key in first})
+        return like(first, {key: default_collate([sample[key] for sample in batch]) for key in first})
     if isinstance(first, Sequence):
         if any(len(sample) != len(first) for sample in batch):
             raise RuntimeError("each element in list of batch should be of equal size")
@@ -48,14 +48,14 @@ def default_convert(data: Any) -> Any:
     if isinstance(data, (np.ndarray, np.generic)) and data.dtype.kind in "biuf":
         return gpuad.as_tensor(data)
     if isinstance(data, Mapping):
-        return _like(data, {key: default_convert(value) for key, value in data.items()})
+        return like(data, {key: default_convert(value) for key, value in data.items()})
     if isinstance(data, Sequence) and not isinstance(data, (str, bytes)):
         converted = [default_convert(value) for value in data]
         return type(data)(*converted) if hasattr(data, "_fields") else converted
     return data
 
 
-def _like(mapping: Mapping, values: dict) -> Any:
+def like(mapping: Mapping, values: dict) -> Any:
     """`values` as the type of `mapping`, where that can be made of a dictionary."""
     try:
         return type(mapping)(values)  # type: ignore[call-arg]

@@ -24,6 +24,7 @@ from gpuad.utils.datasets import (
     can_gather,
     random_split,
 )
+from gpuad.utils.prefetch import map_tensors, prefetch
 from gpuad.utils.samplers import (
     BatchSampler,
     RandomSampler,
@@ -50,6 +51,7 @@ __all__ = [
     "WeightedRandomSampler",
     "default_collate",
     "default_convert",
+    "prefetch",
     "random_split",
 ]
 
@@ -62,8 +64,9 @@ class DataLoader:
     batch_size=None: no batches, the samples themselves. drop_last: leave out a last batch that is not full.
     collate_fn: makes a batch of a list of samples; default_collate unless given.
     num_workers: threads that prepare batches ahead, `prefetch_factor` (2) each, in order; what they raise is raised
-    here. The samples of an IterableDataset are read by one thread. pin_memory and persistent_workers are PyTorch's
-    and change nothing: threads share all memory.
+    here. The samples of an IterableDataset are read by one thread. pin_memory: put batches that are on cpu into
+    page-locked memory, for `prefetch`; it changes nothing where there is no CUDA device. persistent_workers is
+    PyTorch's and changes nothing: threads share all memory.
     """
 
     def __init__(
@@ -130,6 +133,10 @@ class DataLoader:
         return samples // self.batch_size if self.drop_last else math.ceil(samples / self.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
+        batches = self._batches()
+        return map(_pinned, batches) if self.pin_memory and gpuad.cuda.is_available() else batches
+
+    def _batches(self) -> Iterator[Any]:
         if self._iterable:
             return self._from_iterable()
         if self.batch_sampler is None:
@@ -182,6 +189,11 @@ class DataLoader:
 
 
 _END = object()
+
+
+def _pinned(batch: Any) -> Any:
+    """A batch whose tensors on cpu lie in page-locked memory."""
+    return map_tensors(lambda t: t if t.is_cuda or t.requires_grad else t.pin_memory(), batch)
 
 
 def _in_threads(fetch: Callable[[Any], Any], keys: Iterable[Any], workers: int, ahead: int) -> Iterator[Any]:
