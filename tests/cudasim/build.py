@@ -243,7 +243,7 @@ class Build:
 
     def build_libraries(self, pool):
         core = ["memory", "stream", "launch", "stats", "runtime", "driver"]
-        jobs = {n: pool.submit(self.compile, n) for n in ("cublas", *core, "nvrtc", "curand")}
+        jobs = {n: pool.submit(self.compile, n) for n in ("cublas", "cublaslt", *core, "nvrtc", "curand")}
         self.link("libcudasim.so", [jobs[n].result() for n in core])
         core_lib = ["libcudasim.so"]
         # The runtime and the driver are the core under their own names.
@@ -251,6 +251,7 @@ class Build:
             self.link(soname, [], core_lib)
         self.link("libnvrtc.so.13", [jobs["nvrtc"].result()])
         self.link("libcurand.so.10", [jobs["curand"].result()], core_lib, "libcurand.so.10")
+        self.link("libcublasLt.so.13", [jobs["cublaslt"].result()], core_lib, "libcublasLt.so.13")
 
         # cuBLAS, with stubs for what CuPy wants and src/cublas.cpp lacks; and
         # libraries that are nothing but stubs.
@@ -266,7 +267,6 @@ class Build:
         ):
             for version, symbols in self.undefined_symbols(module).items():
                 wanted.setdefault(version, (set(), status))[0].update(symbols)
-        wanted.setdefault("libcublasLt.so.13", (set(), 15))
         wanted.setdefault("libnvJitLink.so.13", (set(), 3))
         for soname, (symbols, status) in wanted.items():
             objects = []
