@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: BLAS threads on top of that only get in each other's way
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -10,6 +12,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: BLAS threads on to
 import pytest
 
 import gpuad
+
+# The module `cudasim` exists only under tests/cudasim/run. Without this, its source folder, next to the tests and so on
+# sys.path, would be taken for it: a namespace package, which has no file.
+_spec = importlib.util.find_spec("cudasim")
+if _spec is not None and _spec.origin is None:
+    sys.modules["cudasim"] = None  # type: ignore[assignment]
 
 
 def _why_no_cuda() -> str | None:
@@ -61,9 +69,15 @@ def cuda_device():
 
 
 @pytest.fixture
-def counts():
+def cudasim():
+    """The module with the counters of simulated devices; a test that counts is skipped on a real one."""
+    return pytest.importorskip("cudasim", reason="counts need a simulated CUDA device: tests/cudasim/run pytest")
+
+
+@pytest.fixture
+def counts(cudasim):
     """`cudasim.record`: `with counts() as r:` counts launches, copies and synchronisations of simulated devices."""
-    return pytest.importorskip("cudasim", reason="counts need a simulated CUDA device (module cudasim)").record
+    return cudasim.record
 
 
 @pytest.fixture(autouse=True)

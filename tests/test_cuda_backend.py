@@ -84,7 +84,9 @@ def test_without_cupy_the_error_names_the_pip_command():
     assert printed.count('pip install "gpuad[cuda13]"') == 3
 
 
-@pytest.mark.skipif(find_spec("cudasim") is None, reason="a machine without devices is simulated")
+@pytest.mark.skipif(
+    find_spec("cudasim") is None, reason="a machine without devices is simulated: tests/cudasim/run pytest"
+)
 def test_without_a_device_the_error_says_so():
     printed = run(
         """
@@ -382,7 +384,7 @@ def test_host_arrays_may_be_changed_after_the_copy(backend):
     np.testing.assert_array_equal(copied.cpu().numpy(), kept)
 
 
-@pytest.mark.skipif(find_spec("cudasim") is None, reason="delayed streams are simulated")
+@pytest.mark.skipif(find_spec("cudasim") is None, reason="delayed streams are simulated: tests/cudasim/run pytest")
 @cuda
 def test_copies_between_devices_wait_for_both_streams(two_devices):
     """With CUDASIM_ASYNC a stream runs nothing until it must, so a missing wait copies what was there before."""

@@ -25,12 +25,6 @@ pytestmark = pytest.mark.cuda
 TOLERANCE = {"float16": 4e-3, "float32": 2e-6, "float64": 1e-14}
 
 
-@pytest.fixture
-def cudasim():
-    """The simulated device's counters; a test that counts is skipped on a real one."""
-    return pytest.importorskip("cudasim")
-
-
 def launched(recording):
     """(library calls, kernels, memsets, copies, synchronisations)."""
     stats = recording.stats

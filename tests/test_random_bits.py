@@ -32,12 +32,6 @@ def generator():
     return random.Generator().manual_seed(2024)
 
 
-@pytest.fixture
-def cudasim():
-    """The simulated device's counters; a test that counts is skipped on a real one."""
-    return pytest.importorskip("cudasim")
-
-
 # ------------------------------------------------------------------------ the words
 
 
