@@ -70,7 +70,9 @@ class LinearOp(Primitive):
                 return WRITTEN
             if not isinstance(bias, Tensor) or total is not walk.rooms.get(bias):
                 return total
-        return self.rules["bias"].function(gradient, walk.into(bias) if isinstance(bias, Tensor) else None)
+        into = walk.into(bias) if isinstance(bias, Tensor) else None
+        found = _sum_rows(gradient, into)
+        return found if into is None else WRITTEN
 
 
 def _input_gradient(backend: Any, gradient: Any, weight: Any, parent: Any, walk: Any) -> Any:
