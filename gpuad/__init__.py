@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any as _Any
+
 from gpuad import autograd, cuda, errors, func, ops
 from gpuad.array.device import Device, set_default_device
 from gpuad.array.device import Device as device
@@ -353,3 +355,12 @@ bool = bool_
 float = float32
 int = int32
 dtype = type(float32)
+
+
+def __getattr__(name: str) -> _Any:
+    """gpuad.graph, imported on its first use."""
+    if name == "graph":
+        import gpuad.graph
+
+        return gpuad.graph
+    raise AttributeError(f"module 'gpuad' has no attribute {name!r}")

@@ -35,7 +35,8 @@ class Edge:
 class GraphNode:
     """A value of the graph: an input, a parameter, a constant, or what an operation computed.
 
-    kind: "input", "parameter", "constant" or "op". number: its place in `Graph.nodes`. name: that of the variable or
+    kind: "input" (of the function, or another variable that requires grad), "parameter" (of a module), "constant" or
+    "op". number: its place in `Graph.nodes`. name: that of the variable or
     parameter, else v1, v2 … in order of computation. formula: the operation in the names of its operands. saved_bytes:
     what is kept for the gradient. module, module_type: dotted name and class of the innermost nn.Module at work, the
     owner's for parameters. shape, dtype: None where they are not known (graph.of, before backward()). value, tangent,
@@ -129,9 +130,9 @@ class Graph:
         return draw.mermaid(self)
 
     def to_html(self, path: Any = None) -> str:
-        """One self-contained HTML page on which the graph is walked, forwards and backwards; written to `path` if given.
+        """One HTML page on which the graph is walked, forwards and backwards; written to `path` if given.
 
-        The page needs no network and no server. Values up to 64 elements are in it whole, of others a summary.
+        It is self-contained: it needs no network and no server. Values up to 64 elements are in it whole, of others a summary.
         """
         written = page.html(self)
         if path is not None:

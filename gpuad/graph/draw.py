@@ -126,7 +126,9 @@ def dot(graph: Graph) -> str:
         lines.append(f'  n{node.number} [label={label}, fillcolor="{colour}"{weight}{tip}];')
     for node in graph.nodes:
         for edge in node.inputs:
-            label = f" [label={_quote('  ' + edge.derivative)}]" if edge.derivative and len(edge.derivative) < 24 else ""
+            label = (
+                f" [label={_quote('  ' + edge.derivative)}]" if edge.derivative and len(edge.derivative) < 24 else ""
+            )
             lines.append(f"  n{edge.source} -> n{node.number}{label};")
     return "\n".join([*lines, "}"])
 

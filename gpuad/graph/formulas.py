@@ -59,6 +59,8 @@ def formula(op: Any, operands: Sequence[Any], params: dict[str, Any]) -> str:
     if op.name == "linear":
         return f"{shown[0]} @ {shown[1]}ᵀ" + (f" + {shown[2]}" if operands[2] is not None else "")
     for key, value in params.items():
+        if value is None or isinstance(value, bool) or key == "scale":  # how it is computed, not what
+            continue
         written = repr(value)
         shown.append(f"{key}={written if len(written) < 24 else '…'}")
     return f"{op.name}({', '.join(shown)})"

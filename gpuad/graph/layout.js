@@ -75,11 +75,14 @@ function layOut(boxes, links, downwards) {
   boxes.forEach((box, i) => { [box.x, box.y] = point(middle[cells[i].layer], cells[i].place); });
   // Links leave and arrive side by side, in the order of their other ends.
   const spread = (list, end, room) => list.forEach((link, i) => { link[end] = list.length < 2 ? 0 : room * (i / (list.length - 1) - 0.5); });
+  const leaving = boxes.map(() => []), arriving = boxes.map(() => []);
+  links.forEach((link, k) => {
+    link.starts = routes[k][1].place; link.ends = routes[k].at(-2).place;
+    leaving[link.from].push(link); arriving[link.to].push(link);
+  });
   boxes.forEach((box, i) => {
-    const room = box[across] * 0.45;
-    const sorted = (own, at) => links.filter(own).sort((p, q) => at(p) - at(q));
-    spread(sorted(k => k.to === i, k => routes[links.indexOf(k)].at(-2).place), "arrive", room);
-    spread(sorted(k => k.from === i, k => routes[links.indexOf(k)][1].place), "leave", room);
+    spread(arriving[i].sort((p, q) => p.ends - q.ends), "arrive", box[across] * 0.45);
+    spread(leaving[i].sort((p, q) => p.starts - q.starts), "leave", box[across] * 0.45);
   });
   links.forEach((link, k) => {
     const route = routes[k], a = boxes[link.from], b = boxes[link.to], last = route.length - 1;

@@ -129,7 +129,7 @@ class Names:
             self.add_tensor(buffer, full(name), "constant")
 
     def module_of(self, stack: list[FrameType]) -> tuple[str, str]:
-        """(dotted name, class name) of the innermost module whose method is on the stack; ("", "") where there is none."""
+        """(dotted name, class name) of the innermost module whose method is on the stack; of none ("", "")."""
         found: list[tuple[Any, int]] = []  # innermost first, with where it is on the stack
         for i, frame in enumerate(stack):
             if frame.f_code.co_varnames[:1] == ("self",):
@@ -148,7 +148,7 @@ class Names:
         """(name, kind) of a tensor that no operation computed; the name is "" where the program has none."""
         known = self._tensors.get(id(tensor))
         if known is None:
-            kind = "parameter" if tensor._requires_grad else "constant"
+            kind = "input" if tensor._requires_grad else "constant"
             name = tensor.name or ""
             for frame in stack:
                 if name:

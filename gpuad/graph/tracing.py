@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 from typing import Any
 
-from gpuad.autograd.forward import Dual
+from gpuad.autograd.forward import Dual, _counting
 from gpuad.autograd.modes import enable_grad, no_grad
 from gpuad.autograd.op import Interpreters, Op
 from gpuad.errors import AutogradError, ShapeError
@@ -37,13 +37,15 @@ class _Tracer:
     def __enter__(self) -> None:
         _tracing.acquire()
         self._rules = Interpreters.apply, Interpreters.write
-        Interpreters.apply, Interpreters.write = self.apply, self.write  # type: ignore[method-assign]
-        Interpreters.active += 1
+        Interpreters.apply, Interpreters.write = self.apply, self.write
+        with _counting:
+            Interpreters.active += 1
 
     def __exit__(self, *exc: object) -> None:
-        Interpreters.active -= 1
+        with _counting:
+            Interpreters.active -= 1
         apply, write = self._rules
-        Interpreters.apply, Interpreters.write = staticmethod(apply), staticmethod(write)  # type: ignore[method-assign]
+        Interpreters.apply, Interpreters.write = staticmethod(apply), staticmethod(write)
         _tracing.release()
 
     def apply(self, op: Op, inputs: Sequence[Any], params: dict) -> Any:
@@ -55,7 +57,7 @@ class _Tracer:
         try:
             stack = list(frames(sys._getframe(1), self.stop))
             self.builder.names.module_of(stack)  # first, so that its parameters have their names
-            operands = [self.builder.node_of(x, stack) if isinstance(x, Tensor) else x for x in inputs]
+            operands = [self.node_of(x, stack) if isinstance(x, Tensor) else x for x in inputs]
             tangents = self._tangents_of(op, inputs, operands, params)
             result = apply(op, inputs, params)
             if result is NotImplemented:
@@ -65,6 +67,18 @@ class _Tracer:
         self._last = op, inputs, params, operands, tangents, len(self.builder.nodes)
         self._note(op, result, params, operands, tangents, stack)
         return result
+
+    def node_of(self, tensor: Tensor, stack: Sequence[FrameType]) -> GraphNode:
+        """The node of a tensor; what ran unseen, a custom Function, is found on the tape."""
+        known = len(self.builder.nodes)
+        node = self.builder.node_of(tensor, stack)
+        for unseen in self.builder.nodes[known:]:
+            if any(o in self.tangents for o in self.builder.operands[unseen]):
+                raise AutogradError(
+                    f"graph.trace(tangents=…) cannot carry tangents through {unseen.op}, which has no forward-mode "
+                    "rule. Trace it without tangents."
+                )
+        return node
 
     def write(self, name: str, target: Tensor, result: Tensor) -> Tensor:
         """An operation in place: the one out of place that was just noted is taken back, and the real one runs."""
@@ -78,7 +92,7 @@ class _Tracer:
             if "key" in params:
                 target[params["key"]] = inputs[1]
             else:
-                op.in_place(*inputs)
+                op.in_place(*inputs)  # type: ignore[attr-defined]  (only elementwise operations come here)
         finally:
             self._inside = False
         self._note(op, target, params, operands, tangents, list(frames(sys._getframe(1), self.stop)))
@@ -155,6 +169,8 @@ def trace(f: Callable, *inputs: Any, tangents: Sequence[Any] | None = None, cota
         raise TypeError(f"graph.trace needs a function that returns Tensors, got {type(result).__name__}.")
     title = getattr(f, "__name__", type(f).__name__)
     named = title.isidentifier() and hasattr(f, "__name__")
+    for root in roots:
+        tracer.node_of(root, ())
     graph = builder.finish(title if title.isidentifier() else "f", roots, title if named else "f")
     if any(root._requires_grad for root in roots):
         weights = () if cotangents is None else cotangents if isinstance(cotangents, (tuple, list)) else (cotangents,)

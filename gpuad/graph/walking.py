@@ -1,13 +1,12 @@
-"""The reverse walk, one node at a time: what arrives at each node and what it sends to its operands."""
+"""The reverse walk, watched: the gradient that arrives at each node, and what each node sends to its operands."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from heapq import heappop
 from typing import TYPE_CHECKING, Any
 
 from gpuad.autograd.elementwise import Elementwise
-from gpuad.autograd.node import WRITTEN, Node, OutputNode
+from gpuad.autograd.node import Node, OutputNode
 from gpuad.autograd.walk import Walk, _place, _seed
 from gpuad.errors import AutogradError
 from gpuad.tensor import Tensor, wrap
@@ -16,98 +15,74 @@ if TYPE_CHECKING:
     from gpuad.graph.data import Graph, GraphNode
 
 
-class _Steps(Walk):
-    """A walk that can be watched: the tape's own rules and sums, nothing freed, no .grad written."""
-
-    def __init__(self) -> None:
-        super().__init__(recorded=False, retain=True, accumulate=False)
-
-    def step(self) -> tuple[Node, Any, list[Any]]:
-        """Take the pending node with the highest number: the node, its gradient, what it sent to its parents."""
-        node = heappop(self.heap)[1]
-        gradient = self.gradients.pop(node)
-        if node.hooks is not None:
-            gradient = self._run_hooks(node.hooks, gradient, node)
-        if type(node) is OutputNode:
-            self._gather(node, gradient)
-            return node, gradient, []
-        results = self.apply_rule(node, gradient)
-        for parent, result in zip(node.parents, results, strict=True):
-            if parent is not None and result is not None:
-                self.contribute(parent, result)
-        return node, gradient, results
-
-    def apply_rule(self, node: Node, gradient: Any) -> list[Any]:
-        """The gradients of a node's parents from that of its output."""
-        results = node.device.backend.inside(node.op.backward, node, gradient, self)
-        return [None if r is WRITTEN else r for r in results]
-
-
 def walk_back(graph: Graph, roots: Sequence[Tensor], cotangents: Sequence[Tensor]) -> None:
-    """Fill in the gradients of a graph's nodes and edges by the tape's rules."""
+    """Fill in the gradients of a graph's nodes and edges: by one walk over the tape, and the rule of each node.
+
+    Nothing is freed and no .grad is written. Hooks run, as in every walk.
+    """
     if cotangents and len(cotangents) != len(roots):
         raise AutogradError(f"The graph has {len(roots)} outputs, got {len(cotangents)} cotangents; give one for each.")
-    weights = cotangents or [None if r.numel() == 1 else r.new_ones(r.shape) for r in roots]
-    at: dict[Any, list[GraphNode]] = {}
+    weights: Sequence[Tensor | None] = cotangents or [None if r.numel() == 1 else r.new_ones(r.shape) for r in roots]
+    walk = Walk(recorded=False, retain=True, accumulate=False)
+    for root, weight in zip(roots, weights, strict=True):
+        if root._requires_grad or len(roots) == 1:
+            walk.contribute(_place(root), _seed(root, weight, False))
+    # With every place as a target, the walk hands over the gradient of every place.
+    places = _everything(map(_place, roots))
+    walk.run(dict.fromkeys(places), {p for p in places if isinstance(p, Node)})
+    arrived = walk.gradients
     for node in graph.nodes:
         node.gradient = None
         for edge in node.inputs:
             edge.local = edge.sent = None
-        at.setdefault(node.tape, []).append(node)
-    inner: dict[Node, list[GraphNode]] = {}  # an op with several outputs: the nodes of its outputs
-    for node in graph.nodes:
-        if type(node.tape) is OutputNode:
-            inner.setdefault(node.tape.parents[0], []).append(node)  # type: ignore[arg-type]
-    graph.backward_order = order = []
-    walk = _Steps()
-    for root, weight in zip(roots, weights, strict=True):
-        if root._requires_grad or len(roots) == 1:
-            walk.contribute(_place(root), _seed(root, weight, False))
-    while walk.heap:
-        place, gradient, sent = walk.step()
-        for node in at.get(place, ()):
-            _arrived(node, gradient, place.device)
-        if type(place) is OutputNode:
-            continue
-        for node in [*at.get(place, ()), *inner.get(place, ())]:
-            if node.gradient is None or node.kind != "op":
-                continue
-            order.append(node.number)
-            local = _local(walk, place, gradient)
-            for edge in node.inputs:
-                edge.sent = _as_tensor(sent[edge.index], place.device) if edge.index < len(sent) else None
-                if edge.sent is not None and local is not None and local[edge.index].shape == edge.sent._data.shape:
-                    edge.local = _as_tensor(local[edge.index], place.device)
-    for leaf, gradient in walk.gradients.items():
-        for node in at.get(leaf, ()):
-            _arrived(node, gradient, leaf._device)
+        gradient = arrived.get(node.tape)
+        if gradient is not None:
+            device = node.tape._device if isinstance(node.tape, Tensor) else node.tape.device
+            node.gradient = wrap(gradient, device)
+            node.shape, node.dtype = tuple(gradient.shape), gradient.dtype
+            if isinstance(node.tape, Node):
+                _send(walk, node, arrived[owner(node.tape)])
+    passed = [node for node in graph.nodes if node.kind == "op" and node.gradient is not None]
+    graph.backward_order = [n.number for n in sorted(passed, key=lambda n: n.tape.number, reverse=True)]
 
 
-def _arrived(node: GraphNode, gradient: Any, device: Any) -> None:
-    if not isinstance(gradient, list):  # the gradients of several outputs are each at its own node
-        node.gradient = wrap(gradient, device)
-        node.shape, node.dtype = tuple(gradient.shape), gradient.dtype
+def _everything(roots: Iterable[Any]) -> dict[Any, None]:
+    """The roots, and every node and leaf that they were computed from."""
+    found: dict[Any, None] = {}
+    pending = list(roots)
+    while pending:
+        place = pending.pop()
+        if place is not None and place not in found:
+            found[place] = None
+            pending.extend(getattr(place, "parents", ()))
+    return found
 
 
-def _as_tensor(array: Any, device: Any) -> Tensor | None:
-    return None if array is None else wrap(array, device)
+def _send(walk: Walk, node: GraphNode, gradient: Any) -> None:
+    """What a node sends along each of its edges, and the local derivatives there."""
+    at = owner(node.tape)
+    rule = at.op.backward
+    sent = at.device.backend.inside(rule, at, gradient, walk)
+    local = None
+    if _is_local(at, gradient):
+        local = at.device.backend.inside(rule, at, at.device.backend.full(gradient.shape, 1, gradient.dtype), walk)
+    for edge in node.inputs:
+        result = sent[edge.index]
+        if result is not None:
+            edge.sent = wrap(result, at.device)
+            if local is not None and (gradient.size == 1 or result.shape == gradient.shape):
+                edge.local = wrap(local[edge.index], at.device)
 
 
-def _local(walk: _Steps, node: Node, gradient: Any) -> list[Any] | None:
-    """The local derivatives of a node for its parents: the rule applied to a gradient of ones, where that is them.
+def _is_local(node: Node, gradient: Any) -> bool:
+    """Whether a node's rule applied to a gradient of ones gives its local derivatives.
 
     For an output of one element the rule's Jᵀ·1 is the derivative itself; for an elementwise operation, whose J is
-    diagonal, it is the diagonal, unless an operand was broadcast.
+    diagonal, it is the diagonal for the operands that were not broadcast.
     """
-    if isinstance(gradient, list):
-        return None
-    op = node.op
-    elementwise = isinstance(op, Elementwise) and not op.formula.is_row
-    if gradient.size != 1 and not elementwise:
-        return None
-    results = walk.apply_rule(node, node.device.backend.full(gradient.shape, 1, gradient.dtype))
-    alike = [r is None or gradient.size == 1 or r.shape == gradient.shape for r in results]
-    return results if all(alike) else None
+    if isinstance(gradient, list):  # of several outputs
+        return False
+    return gradient.size == 1 or (isinstance(node.op, Elementwise) and not node.op.formula.is_row)
 
 
 def owner(place: Any) -> Any:
