@@ -279,3 +279,17 @@ def test_names_cannot_end_the_script(open_page):
     browser = open_page(graph)
     assert "</script><b>x" in shown(browser, "value")
     assert browser.find_element(By.ID, "title").text == browser.title.partition(" · ")[0] == "<b>f"
+
+
+def test_a_large_graph_without_modules_opens_in_parts(open_page):
+    def chain(x):
+        for _ in range(130):
+            x = gpuad.sin(x)
+        return x
+
+    browser = open_page(gpuad.graph.trace(chain, gpuad.tensor(1.0)))
+    groups = browser.find_elements(By.CSS_SELECTOR, "[data-group]")
+    assert [g.get_attribute("data-group") for g in groups][::6] == ["operations 1–20", "operations 121–130"]
+    assert len(browser.find_elements(By.CSS_SELECTOR, ".node")) == 1 + 7
+    press(browser, Keys.END)
+    assert shown(browser, "gradient")["x"] != "?"

@@ -132,7 +132,8 @@ class Graph:
     def to_html(self, path: Any = None) -> str:
         """One HTML page on which the graph is walked, forwards and backwards; written to `path` if given.
 
-        It is self-contained: it needs no network and no server. Values up to 64 elements are in it whole, of others a summary.
+        It is self-contained: it needs no network and no server. Values up to 64 elements are in it whole, of others
+        a summary.
         """
         written = page.html(self)
         if path is not None:

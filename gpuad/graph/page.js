@@ -59,6 +59,13 @@ function active() {
 
 // Modules ------------------------------------------------------------------------------------------------------------
 
+// A large graph without modules is cut into parts of equal length, which collapse likewise.
+const loose = nodes.filter(n => n.kind === "op" && !n.module), part = Math.max(20, Math.ceil(loose.length / CROWD));
+if (loose.length > 3 * CROWD) loose.forEach((node, i) => {
+  const start = i - i % part;
+  node.module = `operations ${start + 1}–${Math.min(start + part, loose.length)}`;
+  node.moduleType = "part";
+});
 const prefixes = path => path ? path.split(".").map((_, i, parts) => parts.slice(0, i + 1).join(".")) : [];
 const modules = [...new Set(nodes.filter(n => n.kind === "op").flatMap(n => prefixes(n.module)))];
 const hiddenIn = node => prefixes(node.module).find(path => collapsed.has(path));
@@ -132,6 +139,7 @@ function draw(fitToo) {
     box.height = 48 + 18 * box.rows.length + (!box.path && tagOf(node) ? 14 : 0);
     box.width = Math.max(150, 28 + 7.7 * (box.title.length + (box.path ? 2 : 0)), 28 + 6.5 * box.kind.length, 90 + 7.7 * widest(box.result));
   }
+  document.body.classList.toggle("crowd", boxes.length > 300);  // shadows cost too much there
   if (downwards === null) downwards = boxes.length > 14 || innerWidth < 860;
   const size = layOut(boxes, links, downwards);
   drawn = { boxes, links, size };
@@ -193,6 +201,9 @@ function toggle(path) {
   if (focused) document.querySelector(`[data-module="${CSS.escape(focused)}"]`)?.focus();
 }
 
+// What is there already is left alone: a step changes little of a large graph.
+function put(element, attribute, value) { if (element.getAttribute(attribute) !== value) element.setAttribute(attribute, value); }
+function write(element, text) { if (element.textContent !== text) element.textContent = text; }
 function show() {
   const now = active(), back = step >= seedAt, shown = selected || now || nodes[data.outputs[0]];
   document.body.classList.toggle("backward", back);
@@ -203,26 +214,28 @@ function show() {
     if (isOutput.has(node.number)) classes.push("output");
     if (now && box.nodes.includes(now)) classes.push(back ? "now-backward" : "now");
     if (box.nodes.includes(selected)) classes.push("selected");
-    box.element.setAttribute("class", classes.join(" "));
+    put(box.element, "class", classes.join(" "));
+    const ops = box.nodes.filter(n => n.kind === "op"), computed = ops.filter(isComputed).length;
     const texts = {
-      value: isComputed(node) ? brief(node.value) || "not kept" : "",
+      value: isComputed(node) ? brief(node.value) || "not kept" : box.path && computed ? `${computed} of ${ops.length} ops` : "",
       tangent: isComputed(node) ? brief(node.tangent) || "0" : "",
       gradient: gradient.array ? brief(gradient.array) + (gradient.whole ? "" : ` (${gradient.known}/${gradient.of})`)
         : gradient.known ? `${gradient.known} of ${gradient.of} parts` : "",
     };
     for (const [row, element] of Object.entries(box.lines)) {
-      element.textContent = texts[row] || "?";
-      element.setAttribute("class", row + (texts[row] ? "" : " unknown") + (row === "gradient" && gradient.array && !gradient.whole ? " partial" : ""));
+      write(element, texts[row] || "?");
+      put(element, "class", row + (texts[row] ? "" : " unknown") + (row === "gradient" && gradient.array && !gradient.whole ? " partial" : ""));
     }
-    box.element.setAttribute("aria-label", [box.title, texts.value && `value ${texts.value}`, hasTangents && texts.tangent && `tangent ${texts.tangent}`,
+    put(box.element, "aria-label", [box.title, texts.value && `value ${texts.value}`, hasTangents && texts.tangent && `tangent ${texts.tangent}`,
       texts.gradient && `gradient ${texts.gradient}`].filter(Boolean).join(", "));
   }
   for (const link of drawn.links) {
     const done = link.edges.every(e => isComputed(nodes[e.to])), passed = link.edges.every(e => e.sent && nodes[e.to].passedAt <= step);
     const at = now && link.edges.some(e => e.to === now.number) && step !== seedAt;
     const sending = at && back && link.edges.some(e => e.sent && e.to === now.number);
-    link.element.setAttribute("class", "edge" + (sending ? " now-backward" : at && !back ? " now" : passed ? " done" : done ? "" : " waiting"));
-    if (link.label) label(link, done, passed);
+    put(link.element, "class", "edge" + (sending ? " now-backward" : at && !back ? " now" : passed ? " done" : done ? "" : " waiting"));
+    const written = `${done} ${passed}`;
+    if (link.label && link.written !== written) { link.written = written; label(link, done, passed); }
   }
   caption(now, back);
   inspect(shown);
@@ -294,7 +307,7 @@ function inspect(node) {
   panel.replaceChildren();
   const heading = text => make("html:h3", {}, panel, text), ready = isComputed(node), gradient = gradientAt(node);
   make("html:h2", { class: "mono" }, panel, node.name);
-  make("html:p", { class: "what" }, panel, [node.kind === "op" ? node.op : node.kind, node.type, node.module && `module ${node.module}${node.moduleType ? ` (${node.moduleType})` : ""}`].filter(Boolean).join(" · "));
+  make("html:p", { class: "what" }, panel, [node.kind === "op" ? node.op : node.kind, node.type, node.moduleType && node.moduleType !== "part" && `module ${node.module} (${node.moduleType})`].filter(Boolean).join(" · "));
   if (node.formula) {
     equation(panel, "value", `${node.name} = ${node.formula}` + (ready && node.numbers ? ` = ${node.numbers} = ${brief(node.value)}` : ""));
   }
@@ -318,10 +331,10 @@ function inspect(node) {
     const table = make("html:table", {}, panel), head = make("html:tr", {}, make("html:thead", {}, table)), body = make("html:tbody", {}, table);
     for (const title of ["by", "derivative", ...(backwards.length ? ["sends back"] : [])]) make("html:th", { scope: "col" }, head, title);
     for (const edge of node.inputs) {
-      const row = make("html:tr", {}, body), local = scalar(edge.local);
+      const row = make("html:tr", {}, body), local = ready ? brief(edge.local) : "";
       make("html:td", { class: "mono" }, row, nodes[edge.from].name);
       const derivative = edge.derivative || (edge.rule && `g ↦ ${edge.rule}`) || "–";
-      make("html:td", { class: "mono" }, row, derivative + (ready && local !== null && number(local) !== derivative ? ` = ${number(local)}` : ""));
+      make("html:td", { class: "mono" }, row, derivative + (local && local !== derivative ? ` = ${local}` : ""));
       if (backwards.length) make("html:td", { class: "mono gradient" }, row, edge.sent ? (node.passedAt <= step ? brief(edge.sent) : "?") : "–");
     }
   }

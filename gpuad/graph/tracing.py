@@ -92,7 +92,7 @@ class _Tracer:
             if "key" in params:
                 target[params["key"]] = inputs[1]
             else:
-                op.in_place(*inputs)  # type: ignore[attr-defined]  (only elementwise operations come here)
+                op.in_place(*inputs)  # type: ignore[attr-defined]
         finally:
             self._inside = False
         self._note(op, target, params, operands, tangents, list(frames(sys._getframe(1), self.stop)))
