@@ -77,6 +77,17 @@ def test_the_line_and_the_expression():
         assert [n.place.expression for n in inner.nodes[2:]] == ["x + y", "x - y", "(x + y) * (x - y)"]
 
 
+def test_names_where_python_does_not_know_columns(monkeypatch):
+    monkeypatch.setattr("gpuad.graph.source._EXACT", False)  # as before Python 3.11
+    assert [n.name for n in trace(f, *numbers("cpu")).nodes] == ["x", "y", "a", "b", "f"]
+
+    def g(x, y):
+        c = x * y + x
+        return c - y
+
+    assert [n.name for n in trace(g, *numbers("cpu")).nodes] == ["x", "y", "v1", "c", "g"]
+
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()

@@ -30,7 +30,7 @@ class Builder:
         self.nodes: list[GraphNode] = []
         self.operands: dict[GraphNode, list[Any]] = {}
         self.params: dict[GraphNode, dict[str, Any]] = {}
-        self.calls: dict[GraphNode, FrameType | None] = {}  # the call in the user's program that led to it
+        self.calls: dict[GraphNode, Any] = {}  # the call in the user's program that led to it
         self._at: dict[Any, GraphNode] = {}
         self._known: dict[int, tuple[GraphNode, Tensor]] = {}
 
@@ -111,7 +111,7 @@ class Builder:
 
     def _name_last_only(self, nodes: Sequence[GraphNode]) -> None:
         """Of several operations behind one call the last is what the variable stands for."""
-        last: dict[FrameType, GraphNode] = {}
+        last: dict[Any, GraphNode] = {}
         for node in nodes:
             call = self.calls.get(node)
             if call is None:

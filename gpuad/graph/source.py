@@ -27,6 +27,10 @@ class Place(NamedTuple):
     assigned: str = ""
 
 
+# Python 3.11 knows the columns of a call, so that its very expression can be shown and named.
+_EXACT = sys.version_info >= (3, 11)
+
+
 def _is_ours(frame: FrameType) -> bool:
     name = frame.f_globals.get("__name__")
     return name is None or name == "gpuad" or name.startswith("gpuad.")
@@ -39,15 +43,15 @@ def frames(start: FrameType | None, stop: FrameType | None) -> Iterator[FrameTyp
         start = start.f_back
 
 
-def place_of(stack: Iterable[FrameType]) -> tuple[Place, FrameType | None]:
-    """The innermost place outside gpuad in a stack (innermost first), and the call that was made there.
+def place_of(stack: Iterable[FrameType]) -> tuple[Place, Any]:
+    """The innermost place outside gpuad in a stack (innermost first), and a key for the call that was made there.
 
     Where the stack has none, as for a model of gpuad's own layers: the line in the innermost layer's forward.
     """
     layer = call = None
     for frame in stack:
         if not _is_ours(frame):
-            return _place(frame), call
+            return _place(frame), call if _EXACT else (frame, frame.f_lineno)
         if layer is None and frame.f_code.co_name == "forward":
             layer = frame
         call = frame
@@ -59,8 +63,8 @@ def _place(frame: FrameType) -> Place:
     lines = linecache.getlines(file, frame.f_globals)
     line = frame.f_lineno
     text = lines[line - 1] if 0 < line <= len(lines) else ""
-    expression = assigned = ""
-    if sys.version_info >= (3, 11) and text:
+    expression, assigned = "", "" if _EXACT else _assigned(text, None)
+    if _EXACT and text:
         first, last, start, stop = next(islice(code.co_positions(), frame.f_lasti // 2, None))
         if first is not None and first == last == line and start is not None:
             expression = text.encode()[start:stop].decode(errors="replace")
@@ -68,14 +72,16 @@ def _place(frame: FrameType) -> Place:
     return Place(file, line, text.strip(), expression, assigned)
 
 
-def _assigned(text: str, expression: str) -> str:
-    """The name that a one-line statement gives to the expression, "" where it gives none."""
+def _assigned(text: str, expression: str | None) -> str:
+    """The name that a one-line statement gives to the expression (None: to its value), "" where it gives none."""
     try:
         statement = ast.parse(text.strip()).body[0]
     except (SyntaxError, IndexError):  # part of a statement of several lines, or a block's header
         return ""
     value = getattr(statement, "value", None)
-    if value is None or ast.get_source_segment(text.strip(), value) not in (expression, f"({expression})"):
+    if value is None:
+        return ""
+    if expression is not None and ast.get_source_segment(text.strip(), value) not in (expression, f"({expression})"):
         return ""
     if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
         target = statement.targets[0]
