@@ -18,7 +18,7 @@ function layOut(boxes, links, downwards) {
   const routes = links.map(link => {
     const route = [cells[link.from]];
     for (let l = cells[link.from].layer + 1; l < cells[link.to].layer; l++) {
-      const bend = { layer: l, size: 8, before: [], after: [], pull: 2 };
+      const bend = { layer: l, size: 64, before: [], after: [], pull: 2 };
       cells.push(bend); route.push(bend);
     }
     route.push(cells[link.to]);

@@ -110,6 +110,8 @@ function make(name, attributes, parent, text) {
   return made;
 }
 const clip = (text, length) => text.length > length ? text.slice(0, length - 1) + "…" : text;
+// A module's own parameters by their short names.
+const near = (node, text) => node.moduleType ? text.replaceAll(`${node.module}.`, "") : text;
 const shapeOf = node => node.type.replace(/ on cpu$/, "");
 let drawn = { boxes: [], links: [] };
 
@@ -120,7 +122,7 @@ function draw(fitToo) {
     if (from === to) continue;
     const key = `${from.number} ${to.number}`;
     if ((from.path || to.path) && seen.has(key)) { seen.get(key).edges.push(edge); continue; }
-    const link = { from: from.number, to: to.number, edges: [edge] };
+    const link = { from: from.number, to: to.number, edges: [edge], beside: seen.has(key) };
     seen.set(key, link); links.push(link);
   }
   for (const box of boxes) {
@@ -130,8 +132,7 @@ function draw(fitToo) {
       box.kind = `${(box.nodes.find(n => n.module === box.path && n.moduleType) || {}).moduleType || "module"} · ${box.nodes.filter(n => n.kind === "op").length} ops`;
       box.result = box.nodes.filter(n => n.kind === "op").at(-1);
     } else {
-      const near = node.module ? node.formula.replaceAll(`${node.module}.`, "") : node.formula;  // its own parameters by their short names
-      box.title = clip(node.kind === "op" ? `${node.name} = ${near}` : node.name, 34);
+      box.title = clip(node.kind === "op" ? `${node.name} = ${near(node, node.formula)}` : node.name, 34);
       box.kind = clip(node.kind === "op" ? `${node.op}  ${shapeOf(node)}` : `${node.kind}  ${shapeOf(node)}`, 40);
       box.result = node;
     }
@@ -249,8 +250,8 @@ function show() {
 function label(link, done, passed) {
   const edge = link.edge, local = scalar(edge.local), g = link.label;
   const symbol = edge.derivative && edge.derivative.length <= 12 ? edge.derivative : "";
-  const derivative = done && local !== null ? (symbol && symbol !== number(local) ? `${symbol} = ${number(local)}` : `×${number(local)}`) : symbol && `×${symbol}`;
-  const sent = passed && scalar(edge.sent) !== null ? `sends ${number(scalar(edge.sent))}` : "";
+  const derivative = done && local !== null ? (symbol && symbol !== number(local) ? `${symbol} = ${number(local, 4)}` : `×${number(local, 4)}`) : symbol && `×${symbol}`;
+  const sent = passed && scalar(edge.sent) !== null ? `sends ${number(scalar(edge.sent), 4)}` : "";
   const lines = [[derivative, ""], [sent, "sent"]].filter(([text]) => text);
   g.replaceChildren();
   g.setAttribute("class", "label" + (done ? "" : " waiting"));
@@ -258,7 +259,7 @@ function label(link, done, passed) {
   const width = 8 + 6.8 * Math.max(...lines.map(([text]) => text.length)), points = link.points, n = points.length;
   const [a, b] = n % 2 ? [points[(n - 1) / 2], points[(n - 1) / 2]] : [points[n / 2 - 1], points[n / 2]];
   // On the curve, nearer to where it comes from: there links that cross are still apart.
-  const t = 0.36, bend = 3 * t * t - 2 * t * t * t, straight = 1.5 * t * (1 - t) + t * t * t;
+  const t = link.beside ? 0.64 : 0.36, bend = 3 * t * t - 2 * t * t * t, straight = 1.5 * t * (1 - t) + t * t * t;
   const x = a[0] + (b[0] - a[0]) * (downwards ? bend : straight), y = a[1] + (b[1] - a[1]) * (downwards ? straight : bend);
   make("rect", { x: x - width / 2, y: y - 7.5 * lines.length, width, height: 15 * lines.length, rx: 4 }, g);
   lines.forEach(([text, kind], i) => make("text", { x, y: y - 7.5 * lines.length + 11.5 + 15 * i, class: kind }, g, text));
@@ -269,7 +270,7 @@ function caption(now, back) {
   let text, small = `step ${step} of ${end}`;
   if (!now) text = end ? "The leaves are given. Step on (→) to compute." : "Nothing is computed here.";
   else if (!back) {
-    text = `${now.name} = ${clip(now.formula, 64)}${now.numbers ? ` = ${clip(now.numbers, 64)}` : ""}${hasValues ? ` = ${brief(now.value)}` : ""}`;
+    text = `${now.name} = ${clip(near(now, now.formula), 64)}${now.numbers ? ` = ${clip(now.numbers, 64)}` : ""}${hasValues ? ` = ${brief(now.value)}` : ""}`;
     small += " · forwards";
   } else if (step === seedAt) { text = `∂${result()}/∂${result()} = ${brief(now.gradient)}: the walk back begins`; small += " · backwards"; }
   else {
@@ -309,7 +310,7 @@ function inspect(node) {
   make("html:h2", { class: "mono" }, panel, node.name);
   make("html:p", { class: "what" }, panel, [node.kind === "op" ? node.op : node.kind, node.type, node.moduleType && node.moduleType !== "part" && `module ${node.module} (${node.moduleType})`].filter(Boolean).join(" · "));
   if (node.formula) {
-    equation(panel, "value", `${node.name} = ${node.formula}` + (ready && node.numbers ? ` = ${node.numbers} = ${brief(node.value)}` : ""));
+    equation(panel, "value", `${node.name} = ${near(node, node.formula)}` + (ready && node.numbers ? ` = ${node.numbers} = ${brief(node.value)}` : ""));
   }
   if (node.value || node.kind !== "op") { heading("value"); panel.append(ready ? matrix(node.value, "value") : later("computed in a later step")); }
   if (hasTangents && (node.tangent || node.inputs.length)) {
@@ -332,8 +333,8 @@ function inspect(node) {
     for (const title of ["by", "derivative", ...(backwards.length ? ["sends back"] : [])]) make("html:th", { scope: "col" }, head, title);
     for (const edge of node.inputs) {
       const row = make("html:tr", {}, body), local = ready ? brief(edge.local) : "";
-      make("html:td", { class: "mono" }, row, nodes[edge.from].name);
-      const derivative = edge.derivative || (edge.rule && `g ↦ ${edge.rule}`) || "–";
+      make("html:td", { class: "mono", title: nodes[edge.from].name }, row, near(node, nodes[edge.from].name));
+      const derivative = near(node, edge.derivative) || (edge.rule && `g ↦ ${edge.rule}`) || "–";
       make("html:td", { class: "mono" }, row, derivative + (local && local !== derivative ? ` = ${local}` : ""));
       if (backwards.length) make("html:td", { class: "mono gradient" }, row, edge.sent ? (node.passedAt <= step ? brief(edge.sent) : "?") : "–");
     }
@@ -398,8 +399,10 @@ function follow() {  // bring the active box into sight
   if (!box) return;
   const { width, height } = room(), x = box.x * view.scale + view.x, y = box.y * view.scale + view.y;
   const w = box.width / 2 * view.scale + 4, h = box.height / 2 * view.scale + 4;
-  if (x - w < 0 || x + w > width) view.x += width / 2 - x;
-  if (y - h < 0 || y + h > height) view.y += height / 2 - y;
+  // In the middle, but no further than the graph goes.
+  const within = (at, shift, size, space, before) => Math.max(space - 24 - size * view.scale, Math.min(before, at + shift));
+  if (x - w < 0 || x + w > width) view.x = within(view.x, width / 2 - x, drawn.size.width, width, 24);
+  if (y - h < 0 || y + h > height) view.y = within(view.y, height / 2 - y, drawn.size.height, height, 52);
   place();
 }
 function zoom(factor, x, y) {
