@@ -233,6 +233,16 @@ def test_a_formula_with_several_outputs():
     assert graph["y"].gradient.item() == 5 * 2 + 6
 
 
+def test_hooks_run_in_the_walk_back():
+    def program(x):
+        y = x * 2
+        y.register_hook(lambda g: g * 10)
+        return y * 3
+
+    graph = trace(program, gpuad.tensor(1.0))
+    assert (graph["y"].gradient.item(), graph["x"].gradient.item()) == (30, 60)
+
+
 def test_what_is_not_recorded_is_seen_too():
     graph = trace(lambda x: gpuad.where(x > 0, x, 0.0).sum(), gpuad.tensor([-1.0, 2.0]))
     compare = next(n for n in graph.nodes if n.op == "gt")

@@ -3,7 +3,7 @@
 // boxes: [{width, height, leaf}], operands before users; links: [{from, to}] (numbers of boxes). Gives each box x, y
 // (its centre) and each link points, and returns the size of the whole.
 function layOut(boxes, links, downwards) {
-  const LAYER_GAP = downwards ? 56 : 84, GAP = 26;
+  const LAYER_GAP = downwards ? 64 : 84, GAP = 26;
   const users = boxes.map(() => []), operands = boxes.map(() => []);
   for (const link of links) { users[link.from].push(link.to); operands[link.to].push(link.from); }
   const layer = boxes.map(() => 0);
