@@ -22,14 +22,16 @@ _WHOLE = 64  # elements up to which an array is in the page whole
 def html(graph: Graph) -> str:
     """The page of a graph."""
     files = resources.files("gpuad.graph")
-    page, style, layout, program = (
-        files.joinpath(name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "layout.js", "page.js")
+    page, style, layout, inspector, program = (
+        files.joinpath(name).read_text(encoding="utf-8")
+        for name in ("page.html", "page.css", "layout.js", "inspector.js", "page.js")
     )
     data = json.dumps(content(graph), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for mark, text in (
         ("{{title}}", markup.escape(graph.title)),
         ("{{style}}", style),
         ("{{layout}}", layout),
+        ("{{inspector}}", inspector),
         ("{{program}}", program),
         # What a name or a source line holds cannot end the script element.
         ("{{data}}", data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")),
