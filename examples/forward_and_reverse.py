@@ -2,6 +2,7 @@
 
     python examples/forward_and_reverse.py
     python examples/forward_and_reverse.py --x 1.5 --y -2 --device cuda:0
+    python examples/forward_and_reverse.py --page f.html     # then open f.html in a browser and walk it yourself
 
 The exact derivatives are ∂f/∂x = 2x and ∂f/∂y = −2y.
 """
@@ -10,62 +11,58 @@ import argparse
 
 import gpuad
 
-# f as a program of single operations: result, formula, operation, operands.
-STEPS = [
-    ("a", "x + y", gpuad.add, ("x", "y")),
-    ("b", "x − y", gpuad.sub, ("x", "y")),
-    ("f", "a · b", gpuad.mul, ("a", "b")),
-]
-
 
 def f(x, y):
-    """The same function, as one would write it."""
-    return (x + y) * (x - y)
+    """The function: three operations."""
+    a = x + y
+    b = x - y
+    return a * b
 
 
-def draw(node, leaves, indent="", branch=""):
-    """Print the graph below a node of the tape as a tree: an operation, then what it was applied to, down to leaves."""
-    if id(node) in leaves:
-        print(f"  {indent}{branch}{leaves[id(node)]}")
-        return
-    print(f"  {indent}{branch}{node.name()}")
-    indent += {"": "", "├── ": "│   ", "└── ": "    "}[branch]
-    *others, last = node.parents
-    for parent in others:
-        draw(parent, leaves, indent, "├── ")
-    draw(last, leaves, indent, "└── ")
+def exact(x, y):
+    """Every value, its derivatives by x and by y, and the derivative of f by it: worked out on paper."""
+    return {
+        "x": {"value": x, "by x": 1, "by y": 0, "gradient": 2 * x},
+        "y": {"value": y, "by x": 0, "by y": 1, "gradient": -2 * y},
+        "a": {"value": x + y, "by x": 1, "by y": 1, "gradient": x - y},
+        "b": {"value": x - y, "by x": 1, "by y": -1, "gradient": x + y},
+        "f": {"value": x * x - y * y, "by x": 2 * x, "by y": -2 * y, "gradient": 1},
+    }
 
 
-def walk_forwards(x, y, direction):
-    """Carry value and tangent from the inputs to f. Returns the tangent of f: its derivative along `direction`."""
-    values = {"x": x, "y": y}
-    tangents = {"x": direction[0], "y": direction[1]}
-    for name in values:
-        print(f"  {name:12} value {values[name].item():8g}   tangent {tangents[name].item():8g}")
-    for name, formula, operation, operands in STEPS:
-        values[name], tangents[name] = gpuad.func.jvp(
-            operation, tuple(values[o] for o in operands), tuple(tangents[o] for o in operands)
-        )
-        print(f"  {name} = {formula:8} value {values[name].item():8g}   tangent {tangents[name].item():8g}")
-    return tangents["f"]
+def check(what, number, expected):
+    """The number as text; the program ends where it is not what is expected."""
+    if abs(number - expected) > 1e-5 * max(1.0, abs(expected)):
+        raise SystemExit(f"{what} is {number:g}, and should be {expected:g}")
+    return f"{number:g}"
 
 
-def walk_backwards(x, y):
-    """Carry the derivative of f from f to the inputs. Returns ∂f/∂x and ∂f/∂y, which one walk finds together."""
-    values = {"x": x, "y": y}
-    for name, _, operation, operands in STEPS:
-        values[name] = operation(*(values[o] for o in operands))
-    cotangents = dict.fromkeys(values, gpuad.zeros_like(x))
-    cotangents["f"] = gpuad.ones_like(x)
-    for name, formula, _, operands in reversed(STEPS):
-        passed = gpuad.autograd.grad(values[name], [values[o] for o in operands], cotangents[name])
-        sent = "   ".join(f"{amount.item():+g} to {o}" for o, amount in zip(operands, passed, strict=True))
-        print(f"  ∂f/∂{name} = {cotangents[name].item():<6g} through {name} = {formula}:   {sent}")
-        for operand, amount in zip(operands, passed, strict=True):
-            cotangents[operand] = cotangents[operand] + amount
+def walk_forwards(graph, along, expected):
+    """Print each value and its tangent, from the inputs to f. Returns the tangent of f: its derivative."""
+    for node in graph.nodes:
+        right = expected[node.name]
+        value = check(f"{node.name}", node.value.item(), right["value"])
+        tangent = check(f"∂{node.name}/∂{along}", node.tangent.item(), right[f"by {along}"])
+        terms = " + ".join(f"{edge.local.item():g}·{graph.nodes[edge.source].tangent.item():g}" for edge in node.inputs)
+        says = f"{node.name} = {node.formula}" if node.formula else node.name
+        print(f"  {says:10}  value {value:>8}   tangent {tangent:>8}" + (f" = {terms}" if terms else ""))
+    return graph["f"].tangent.item()
+
+
+def walk_backwards(graph, expected):
+    """Print what each operation sends to its operands, from f to the inputs. Returns ∂f/∂x and ∂f/∂y."""
+    for number in graph.backward_order:
+        node = graph.nodes[number]
+        gradient = check(f"∂f/∂{node.name}", node.gradient.item(), expected[node.name]["gradient"])
+        print(f"  ∂f/∂{node.name} = {gradient:<6} through {node.name} = {node.formula}:")
+        for edge in node.inputs:
+            to = graph.nodes[edge.source].name
+            local = f"∂{node.name}/∂{to} = {edge.derivative}"
+            print(f"      {gradient} · {edge.local.item():<4g} = {edge.sent.item():+g} to {to:2}   ({local})")
     for name in ("x", "y"):
-        print(f"  ∂f/∂{name} = {cotangents[name].item():g}, the sum of what arrived")
-    return cotangents["x"], cotangents["y"]
+        gradient = check(f"∂f/∂{name}", graph[name].gradient.item(), expected[name]["gradient"])
+        print(f"  ∂f/∂{name} = {gradient}, the sum of what arrived")
+    return graph["x"].gradient.item(), graph["y"].gradient.item()
 
 
 def main():
@@ -74,32 +71,37 @@ def main():
     parser.add_argument("--x", type=float, default=3.0)
     parser.add_argument("--y", type=float, default=2.0)
     parser.add_argument("--device", default="cuda:0" if gpuad.cuda.is_available() else "cpu")
+    parser.add_argument("--page", metavar="FILE", help="write the graph as an HTML page on which it is walked")
     options = parser.parse_args()
     x = gpuad.tensor(options.x, device=options.device, requires_grad=True)
     y = gpuad.tensor(options.y, device=options.device, requires_grad=True)
     one, zero = gpuad.ones_like(x), gpuad.zeros_like(x)
+    expected = exact(options.x, options.y)
 
     print(f"f(x, y) = (x + y)(x − y) at x = {options.x:g}, y = {options.y:g} on {x.device}")
     print("\nThe graph, as the tape recorded it")
     result = f(x, y)
-    draw(result.grad_fn, {id(x): "x", id(y): "y"})
+    print(gpuad.graph.of(result))
 
     print("\nForwards along x: each value with its derivative by x")
-    along_x = walk_forwards(x.detach(), y.detach(), (one, zero))
+    graph = gpuad.graph.trace(f, x, y, tangents=(one, zero))
+    along_x = walk_forwards(graph, "x", expected)
     print("\nForwards along y: another walk for another input")
-    along_y = walk_forwards(x.detach(), y.detach(), (zero, one))
+    along_y = walk_forwards(gpuad.graph.trace(f, x, y, tangents=(zero, one)), "y", expected)
     print("\nBackwards: from f to every input in one walk")
-    by_hand = walk_backwards(x, y)
+    step_by_step = walk_backwards(graph, expected)
 
     result.backward()  # the same walk as one call
-    exact = (2 * options.x, -2 * options.y)
     print("\n          forwards  backwards  backward()     exact")
-    for name, *derivatives in zip("xy", (along_x, along_y), by_hand, (x.grad, y.grad), strict=True):
-        numbers = [derivative.item() for derivative in derivatives] + [exact["xy".index(name)]]
-        print(f"  ∂f/∂{name}" + "".join(f"{number:11g}" for number in numbers))
-        if max(numbers) - min(numbers) > 1e-5 * max(1.0, abs(numbers[-1])):
-            raise SystemExit(f"the derivatives by {name} differ")
+    for i, name in enumerate("xy"):
+        right = expected[name]["gradient"]
+        numbers = [(along_x, along_y)[i], step_by_step[i], (x, y)[i].grad.item()]
+        shown = "".join(f"{check(f'∂f/∂{name}', number, right):>11}" for number in numbers)
+        print(f"  ∂f/∂{name}{shown}{right:11g}")
     print("All agree.")
+    if options.page:
+        graph.to_html(options.page)
+        print(f"Written to {options.page}: open it in a browser, and step with the arrow keys.")
 
 
 if __name__ == "__main__":

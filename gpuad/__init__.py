@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any as _Any
+
 from gpuad import amp, autograd, cuda, errors, func, ops
 from gpuad.array.deterministic import are_deterministic_algorithms_enabled, use_deterministic_algorithms
 from gpuad.array.device import Device, set_default_device
@@ -358,3 +360,12 @@ bool = bool_
 float = float32
 int = int32
 dtype = type(float32)
+
+
+def __getattr__(name: str) -> _Any:
+    """gpuad.graph, imported on its first use."""
+    if name == "graph":
+        import gpuad.graph
+
+        return gpuad.graph
+    raise AttributeError(f"module 'gpuad' has no attribute {name!r}")

@@ -109,10 +109,13 @@ def test_custom_kernel(device):
     assert max(differences) < 1e-7
 
 
-def test_forward_and_reverse(device):
-    shown = run("forward_and_reverse.py", "--device", device)
-    assert all(operation in shown for operation in ("mul", "add", "sub"))
-    assert shown.rstrip().endswith("All agree.")
+def test_forward_and_reverse(device, tmp_path):
+    page = tmp_path / "f.html"
+    shown = run("forward_and_reverse.py", "--x", 1.5, "--y", -2, "--device", device, "--page", page)
+    assert all(drawn in shown for drawn in ("├── v1 = x + y", "└── v2 = x − y", "b = x − y   value      3.5"))
+    assert re.search(r"-0\.5 · 1 +|3\.5 · 1 ", shown)
+    assert "All agree." in shown
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
 def test_cupy_kernel(cuda_device):

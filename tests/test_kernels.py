@@ -90,7 +90,7 @@ def test_what_could_be_nan_is_not_simplified(kept):
 
 def test_text_of_an_expression():
     assert str((x + y) * exp(-x)) == "(x + y) * exp(-x)"
-    assert str(where(x > 0, x, 0.5)) == "where((x > 0), x, 0.5)"
+    assert str(where(x > 0, x, 0.5)) == "where(x > 0, x, 0.5)"
 
 
 # Random programs: the formula against the same instructions on arrays -------------------------------------------------

@@ -341,12 +341,17 @@ def to_text(root: Expr, limit: int = 2000) -> str:
         parts = [text(a, depth + 1) for a in node.args]
         if node.function.name in _INFIX:
             return f"({parts[0]} {_INFIX[node.function.name]} {parts[1]})"
-        return f"-{parts[0]}" if node.function.name == "neg" else f"{node.function.name}({', '.join(parts)})"
+        if node.function.name == "neg":
+            return f"-{parts[0]}"
+        return f"{node.function.name}({', '.join(map(_bare, parts))})"
 
-    written = text(root, 0)
-    if written.startswith("(") and written.endswith(")") and _outer_pair(written):
-        written = written[1:-1]
+    written = _bare(text(root, 0))
     return written if len(written) <= limit else written[:limit] + "…"
+
+
+def _bare(written: str) -> str:
+    """Without the pair of parentheses around the whole."""
+    return written[1:-1] if written.startswith("(") and written.endswith(")") and _outer_pair(written) else written
 
 
 def _outer_pair(written: str) -> bool:
