@@ -8,6 +8,7 @@ from typing import Any
 
 import gpuad
 from gpuad import Tensor
+from gpuad.ops import many
 
 
 def _gradients(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
@@ -24,9 +25,7 @@ def get_total_norm(tensors: Tensor | Iterable[Tensor], norm_type: float = 2.0, e
     tensors = [tensors] if isinstance(tensors, Tensor) else [t for t in tensors if t.numel()]
     if not tensors:
         return gpuad.tensor(0.0)
-    with gpuad.no_grad():
-        norms = [_norm(tensor, float(norm_type)).to(tensors[0].device) for tensor in tensors]
-        total = norms[0] if len(norms) == 1 else _norm(gpuad.stack(norms), float(norm_type))
+    total = many.total_norm(tensors, float(norm_type))
     if error_if_nonfinite and not math.isfinite(total.item()):
         raise RuntimeError(
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
@@ -36,22 +35,9 @@ def get_total_norm(tensors: Tensor | Iterable[Tensor], norm_type: float = 2.0, e
     return total
 
 
-def _norm(tensor: Tensor, order: float) -> Tensor:
-    if tensor.dtype == gpuad.float16:
-        tensor = tensor.float()  # squares of more than 256 overflow float16
-    if order == math.inf:
-        return tensor.abs().max()
-    if order == 2.0:
-        return (tensor * tensor).sum().sqrt()
-    return (tensor.abs() ** order).sum() ** (1.0 / order)
-
-
 def clip_grads_with_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, total_norm: Tensor) -> None:
     """Multiply the gradients in place by min(1, max_norm / (total_norm + 1e-6))."""
-    with gpuad.no_grad():
-        factor = (float(max_norm) / (total_norm + 1e-6)).clamp(max=1.0)
-        for grad in _gradients(parameters):
-            grad.mul_(factor.to(grad.device))
+    many.clip_to_norm_(_gradients(parameters), max_norm, total_norm)
 
 
 def clip_grad_norm_(

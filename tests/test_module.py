@@ -531,6 +531,41 @@ def test_clip_grad_norm_waits_for_nothing(cuda_device, counts):
     assert record.syncs == 0 and record.copies("h2d") == record.copies("d2h") == (0, 0)
 
 
+def test_clip_grad_norm_is_two_launches(cuda_device, counts):
+    """Also of more tensors than a table in the kernel's arguments has rows."""
+    for number in (3, 200):
+        parameters = [nn.Parameter(gpuad.zeros(7, i % 5 + 1, device=cuda_device)) for i in range(number)]
+        for p in parameters:
+            p.grad = gpuad.randn(p.shape, device=cuda_device)
+        before = np.concatenate([array(p.grad).ravel() for p in parameters])
+        nn.utils.clip_grad_norm_(parameters, 1e9)
+        with counts() as record:
+            norm = nn.utils.clip_grad_norm_(parameters, 0.5)
+        assert record.kernel_launches == 2 and record.syncs == record.library_calls == 0
+        assert not record.stats["copies"]
+        np.testing.assert_allclose(array(norm), np.linalg.norm(before), rtol=1e-5)
+        after = np.concatenate([array(p.grad).ravel() for p in parameters])
+        np.testing.assert_allclose(after, before * (0.5 / np.linalg.norm(before)), rtol=1e-4)
+
+
+def test_clip_grad_norm_of_several_dtypes_and_layouts(device):
+    parameters = [nn.Parameter(gpuad.zeros(4, 3, device=device, dtype=d)) for d in (gpuad.float16, gpuad.float64)]
+    parameters.append(nn.Parameter(gpuad.zeros(3, 4, device=device).T))
+    parameters.append(nn.Parameter(gpuad.zeros(0, 2, device=device)))
+    for p in parameters:
+        p.grad = gpuad.full(p.shape, 300.0, dtype=p.dtype, device=device)
+    parameters[2].grad = gpuad.full((4, 6), 300.0, device=device)[:, ::2]
+    norm = nn.utils.clip_grad_norm_(parameters, 6.0)
+    assert norm.dtype == gpuad.float64 and norm.item() == pytest.approx(1800.0)
+    for p in parameters[:3]:
+        np.testing.assert_allclose(array(p.grad).astype(float), np.ones((4, 3)), rtol=1e-3)
+    parameters[0].grad = gpuad.full((4, 3), float("nan"), dtype=gpuad.float16, device=device)
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    assert np.isnan(array(parameters[1].grad)).all()
+    with pytest.raises(ValueError, match="positive order, or inf; got 0"):
+        nn.utils.clip_grad_norm_(parameters, 1.0, 0)
+
+
 def test_clipping_does_not_reach_another_leafs_gradient(device):
     """x + y hands the same gradient to both; scaling one in place must leave the other."""
     x, y = (nn.Parameter(gpuad.zeros(4, device=device)) for _ in range(2))
