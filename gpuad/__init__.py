@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpuad import autograd, cuda, errors, func, ops
+from gpuad import autograd, cuda, errors, func, ops, profiler
 from gpuad.array.device import Device, set_default_device
 from gpuad.array.device import Device as device
 from gpuad.array.device import default_device as get_default_device
@@ -337,7 +337,7 @@ __all__ = [
     "manual_seed", "masked_fill", "masked_select", "matmul", "max", "maximum", "mean", "min", "minimum", "mm",
     "movedim", "mul", "multiply", "mv", "nan_to_num", "narrow", "ne", "neg", "negative", "no_grad", "nonzero", "norm",
     "normal", "not_equal", "ones", "ones_like", "ops", "outer",
-    "OutOfMemoryError", "permute", "pow", "prelu", "prod", "promote_types",
+    "OutOfMemoryError", "permute", "pow", "prelu", "prod", "profiler", "promote_types",
     "rad2deg", "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "ravel", "reciprocal", "relu",
     "remainder", "repeat", "repeat_interleave", "reshape", "reshape_as", "roll", "round", "rsqrt", "rsub",
     "safe_sqrt", "scatter", "scatter_add", "seed", "selu", "set_default_device", "set_default_dtype",

@@ -30,6 +30,11 @@ class Formula(Protocol):
         """The dtype of output i when numbers are computed in `dtype`."""
 
 
+# The methods that give the device something to run, a kernel, program, product or copy each: what the profiler counts.
+RUNNING = ("elementwise", "reduce", "sum", "add", "add_into", "cast", "copy", "full", "gemm", "weighted_mean",
+           "read_at", "add_at", "check_index", "receive", "update")  # fmt: skip
+
+
 class Backend:
     """What both backends share; `xp` is numpy or cupy."""
 
@@ -47,6 +52,20 @@ class Backend:
 
     def explain(self, error: Exception) -> None:
         """Raise gpuad.cuda.OutOfMemoryError where `error` says that the memory of a CUDA device is used up."""
+
+    def mark(self) -> Any:
+        """An event behind the work given to the device so far, which tells the time; None on the host."""
+        return None
+
+    def milliseconds(self, start: Any, end: Any) -> float:
+        """The time between two marks, after a wait for the second."""
+        return 0.0
+
+    def range_push(self, name: str) -> None:
+        """Open a range of this name in the timeline of the vendor's profiler (NVTX)."""
+
+    def range_pop(self) -> None:
+        """Close the innermost range."""
 
     def enter(self) -> None:
         """Make this device the current one of the array library."""
