@@ -76,9 +76,9 @@ class profile:  # noqa: N801  (PyTorch's name)
         _open = None
         for event in self._events:
             if event.marks is not None:
-                backend = event.device.backend
-                start, end = event.marks
-                host, first = self._starts[event.device]
+                device, start, end = event.marks
+                backend = device.backend
+                host, first = self._starts[device]
                 event.device_start = host + round(backend.milliseconds(first, start) * 1e6)
                 event.device_time = round(backend.milliseconds(start, end) * 1e6)
                 event.marks = None
@@ -127,7 +127,7 @@ class profile:  # noqa: N801  (PyTorch's name)
                 if device not in self._starts:
                     with self._locked:
                         self._starts.setdefault(device, (time.perf_counter_ns(), start))
-                event.marks = (start, None)
+                event.marks = (device, start, None)
         event.start = time.perf_counter_ns()
         return event
 
@@ -136,7 +136,7 @@ class profile:  # noqa: N801  (PyTorch's name)
         event.end = time.perf_counter_ns()
         if event.device is not None:
             if event.marks is not None:
-                event.marks = (event.marks[0], event.device.backend.mark())
+                event.marks = (*event.marks[:2], event.device.backend.mark())
             if self.nvtx:
                 event.device.backend.range_pop()
         self._stack.events.pop()
@@ -261,10 +261,12 @@ def record_function(name: str) -> Iterator[None]:
 
 
 def _subclasses(kind: type) -> list[type]:
-    found = [kind]
-    for each in found:
-        found += [s for s in each.__subclasses__() if s not in found]
-    return found
+    """A class and all below it, each once."""
+    found: dict[type, None] = {kind: None}
+    below: list[type] = kind.__subclasses__()
+    for each in below:
+        found.update(dict.fromkeys(_subclasses(each)))
+    return list(found)
 
 
 def _device_of(inputs: Any) -> Device | None:
