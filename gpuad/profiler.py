@@ -19,6 +19,7 @@ from typing import Any
 from gpuad.array.backend import RUNNING, Backend
 from gpuad.array.device import Device, of_array
 from gpuad.autograd.function import Function, _Applied
+from gpuad.autograd.live import subclasses
 from gpuad.autograd.op import Op
 from gpuad.autograd.walk import Walk
 from gpuad.errors import GpuadError
@@ -161,14 +162,14 @@ class profile:  # noqa: N801  (PyTorch's name)
     # Putting it in place ----------------------------------------------------------------------------------------------
 
     def _install(self) -> None:
-        for kind in [*_subclasses(Op), _Applied]:
+        for kind in [*subclasses(Op), _Applied]:
             for name in ("__call__", "in_place"):
                 if name in kind.__dict__:
                     self._replace(kind, name, self._forward)
             for name in ("backward", "backward_recorded"):
                 if name in kind.__dict__:
                     self._replace(kind, name, self._backward)
-        for kind in _subclasses(Backend):
+        for kind in subclasses(Backend):
             for name in RUNNING:
                 if name in kind.__dict__ or kind is Backend:
                     self._replace(kind, name, self._running)
@@ -258,15 +259,6 @@ def record_function(name: str) -> Iterator[None]:
         yield
     finally:
         opened.end(event)
-
-
-def _subclasses(kind: type) -> list[type]:
-    """A class and all below it, each once."""
-    found: dict[type, None] = {kind: None}
-    below: list[type] = kind.__subclasses__()
-    for each in below:
-        found.update(dict.fromkeys(_subclasses(each)))
-    return list(found)
 
 
 def _device_of(inputs: Any) -> Device | None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import gpuad
+
 SCRIPT = Path(__file__).parent / "gpu" / "report.py"
 
 
@@ -82,4 +84,5 @@ def test_products_of_a_step_are_those_of_the_layers(report, cuda_device, counts)
     run = report.products((6, 5, 3), 4)
     with counts() as r:
         run()
+        gpuad.cuda.synchronize()
     assert r.stats["graph_launches"] == 1 and r.graph_kernels == 5  # 2 forward, 2 of weights, 1 of an input

@@ -10,6 +10,7 @@ import pytest
 import gpuad
 from gpuad import nn, optim, profiler
 from gpuad.array.backend import RUNNING, Backend
+from gpuad.autograd.live import subclasses
 from gpuad.autograd.op import Op
 from gpuad.autograd.walk import Walk
 from gpuad.update import Updater
@@ -39,7 +40,7 @@ def rows(p) -> dict:
 def methods() -> list:
     """Every method that a profile replaces."""
     found = [Walk.run, Updater.step, gpuad.autograd.Function.__dict__["apply"]]
-    for kind in [*profiler._subclasses(Op), *profiler._subclasses(Backend)]:
+    for kind in [*subclasses(Op), *subclasses(Backend)]:
         names = RUNNING if issubclass(kind, Backend) else ("__call__", "in_place", "backward", "backward_recorded")
         found += [kind.__dict__[name] for name in names if name in kind.__dict__]
     return found
