@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any as _Any
 
-from gpuad import amp, autograd, cuda, errors, func, ops
+from gpuad import amp, autograd, cuda, errors, func, ops, profiler
 from gpuad.array.deterministic import are_deterministic_algorithms_enabled, use_deterministic_algorithms
 from gpuad.array.device import Device, set_default_device
 from gpuad.array.device import Device as device
@@ -342,7 +342,7 @@ __all__ = [
     "lt", "manual_seed", "masked_fill", "masked_select", "matmul", "max", "maximum", "mean", "min", "minimum", "mm",
     "movedim", "mul", "multiply", "mv", "nan_to_num", "narrow", "ne", "neg", "negative", "no_grad", "nonzero", "norm",
     "normal", "not_equal", "ones", "ones_like", "ops", "outer", "OutOfMemoryError", "permute", "pow", "prelu", "prod",
-    "promote_types", "rad2deg", "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "ravel",
+    "profiler", "promote_types", "rad2deg", "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "ravel",
     "reciprocal", "relu", "remainder", "repeat", "repeat_interleave", "reshape", "reshape_as", "roll", "round", "rsqrt",
     "rsub", "safe_sqrt", "scatter", "scatter_add", "seed", "selu", "set_default_device", "set_default_dtype",
     "set_float32_matmul_precision", "set_grad_enabled", "set_num_threads", "short", "sigmoid", "sign", "sin", "sinh",

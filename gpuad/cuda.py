@@ -202,7 +202,8 @@ class Stream:
 
     def wait_event(self, event: Event) -> None:
         """Let later work in this stream wait for what `event` recorded; the host goes on."""
-        self.cupy.wait_event(event._made())
+        if event._event is not None:
+            self.cupy.wait_event(event._event)
 
     def wait_stream(self, stream: Stream) -> None:
         """Let later work in this stream wait for the work that is in `stream` now; the host goes on."""
@@ -225,17 +226,15 @@ class Stream:
 
 
 class Event:
-    """A mark in a stream that others wait for, and that tells the time; CuPy's event by PyTorch's names."""
+    """A mark in a stream that others wait for, and that tells the time; CuPy's event by PyTorch's names.
+
+    Until it is recorded there is nothing to wait for.
+    """
 
     def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
         self._timing, self._blocking = enable_timing, blocking
         self._event: Any = None
         self._device: Device | None = None
-
-    def _made(self) -> Any:
-        if self._event is None:
-            raise DeviceError("This event was not recorded yet; call event.record() first.")
-        return self._event
 
     def record(self, stream: Stream | None = None) -> None:
         """Put the event behind the work that is in `stream` now; in the current stream unless given."""
@@ -256,13 +255,20 @@ class Event:
 
     def synchronize(self) -> None:
         """Wait until the work before the event is done; raises for bad indices found on its device."""
-        self._made().synchronize()
-        if self._device is not None:
+        if self._event is not None and self._device is not None:
+            self._event.synchronize()
             self._device.backend.check_faults()
 
     def elapsed_time(self, end_event: Event) -> float:
         """Milliseconds from this event to `end_event`; both made with enable_timing=True, recorded and done."""
-        return _load().cuda.get_elapsed_time(self._made(), end_event._made())
+        for which, event in (("first", self), ("second", end_event)):
+            if event._event is None:
+                raise DeviceError(f"The {which} event was not recorded yet; call event.record() first.")
+            if not event._timing:
+                raise DeviceError(f"The {which} event takes no time; make it by Event(enable_timing=True).")
+        if not end_event.query():
+            raise DeviceError("The second event is not reached yet; call end_event.synchronize() first.")
+        return _load().cuda.get_elapsed_time(self._event, end_event._event)
 
 
 def current_stream(device: Any = None) -> Stream:

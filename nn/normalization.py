@@ -171,20 +171,21 @@ class BatchNorm1d(Module):
             return F.batch_norm(input, mean, var, self.weight, self.bias, mean is None, 0.0, self.eps)
         if not self.track_running_stats or mean is None or var is None:
             return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
-        if self.momentum is not None:
-            output = F.batch_norm(input, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
+        count = self.num_batches_tracked  # grows last: a forward that fails has changed nothing
+        if self.momentum is not None or count is None:
+            output = F.batch_norm(input, mean, var, self.weight, self.bias, True, self.momentum or 0.0, self.eps)
+            if count is not None:
+                count.add_(1)
             return output
         # The batch's share is 1/n, and n stays on the device: momentum 1 hands out the batch's own statistics.
         batch_mean, batch_var = gpuad.zeros_like(mean), gpuad.zeros_like(var)
         output = F.batch_norm(input, batch_mean, batch_var, self.weight, self.bias, True, 1.0, self.eps)
         with gpuad.no_grad():
-            count = self.num_batches_tracked + 1
-            mean_step, var_step = (batch_mean - mean) / count, (batch_var - var) / count
+            seen = count + 1
+            mean_step, var_step = (batch_mean - mean) / seen, (batch_var - var) / seen
             mean.add_(mean_step)
             var.add_(var_step)
-            self.num_batches_tracked.add_(1)
+            count.add_(1)
         return output
 
     def extra_repr(self) -> str:

@@ -589,7 +589,7 @@ def test_memory_figures(cuda_device):
 
 
 @cuda
-def test_streams_and_events(cuda_device):
+def test_streams_and_events(cuda_device, monkeypatch):
     import cupy
 
     default = gpuad.cuda.current_stream()
@@ -615,8 +615,17 @@ def test_streams_and_events(cuda_device):
         assert gpuad.cuda.current_stream().cuda_stream == theirs.ptr
     with gpuad.cuda.stream(None):
         assert gpuad.cuda.current_stream() == default
-    with pytest.raises(DeviceError, match="not recorded"):
-        gpuad.cuda.Event().synchronize()
+    untimed = gpuad.cuda.Event()
+    untimed.synchronize()  # not recorded: there is nothing to wait for
+    untimed.wait()
+    with pytest.raises(DeviceError, match="first event was not recorded"):
+        untimed.elapsed_time(end)
+    untimed.record()
+    with pytest.raises(DeviceError, match=r"second event takes no time; make it by Event\(enable_timing=True\)"):
+        start.elapsed_time(untimed)
+    monkeypatch.setattr(end, "query", lambda: False)
+    with pytest.raises(DeviceError, match="second event is not reached yet"):
+        start.elapsed_time(end)
 
 
 @cuda

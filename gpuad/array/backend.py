@@ -30,6 +30,12 @@ class Formula(Protocol):
         """The dtype of output i when numbers are computed in `dtype`."""
 
 
+# The methods that give the device something to run, a kernel, program, product or copy each: what the profiler counts.
+RUNNING = ("elementwise", "reduce", "sum", "row_total", "add", "add_into", "cast", "copy", "full", "gemm",
+           "linear_activation", "weight_gradient", "input_gradient", "read_at", "add_at", "check_index", "receive",
+           "norm", "clip", "unscale", "update")  # fmt: skip
+
+
 class Backend:
     """What both backends share; `xp` is numpy or cupy."""
 
@@ -47,6 +53,20 @@ class Backend:
 
     def explain(self, error: Exception) -> None:
         """Raise gpuad.cuda.OutOfMemoryError where `error` says that the memory of a CUDA device is used up."""
+
+    def mark(self) -> Any:
+        """An event behind the work given to the device so far, which tells the time; None on the host."""
+        return None
+
+    def milliseconds(self, start: Any, end: Any) -> float:
+        """The time between two marks, after a wait for the second."""
+        return 0.0
+
+    def range_push(self, name: str) -> None:
+        """Open a range of this name in the timeline of the vendor's profiler (NVTX)."""
+
+    def range_pop(self) -> None:
+        """Close the innermost range."""
 
     def enter(self) -> None:
         """Make this device the current one of the array library."""
@@ -127,8 +147,8 @@ class Backend:
     # Whether linear_activation, weight_gradient and input_gradient may do something: see gpuad/ops/linear.py.
     epilogues: bool = False
 
-    def linear_activation(self, x: Any, weight: Any, bias: Any, activation: str, keep: bool) -> Any:
-        """(activation(x @ weight.T + bias), what input_gradient needs of it, with `keep`) in one call, or None."""
+    def linear_activation(self, x: Any, weight: Any, bias: Any, activation: str | None, keep: bool) -> Any:
+        """(activation(x @ weight.T + bias), with `keep` what input_gradient needs of it) in one call, or None."""
         return None
 
     def weight_gradient(self, g: Any, x: Any, out: Any, beta: float, total: Any) -> Any:

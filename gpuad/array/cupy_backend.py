@@ -123,6 +123,20 @@ class CupyBackend(Backend):
             with self._device:
                 raise memory.out_of_memory(error, self.device) from error
 
+    @_here
+    def mark(self) -> Any:
+        return cupy.cuda.get_current_stream().record()
+
+    def milliseconds(self, start: Any, end: Any) -> float:
+        end.synchronize()
+        return cupy.cuda.get_elapsed_time(start, end)
+
+    def range_push(self, name: str) -> None:
+        cupy.cuda.nvtx.RangePush(name)
+
+    def range_pop(self) -> None:
+        cupy.cuda.nvtx.RangePop()
+
     def enter(self) -> None:
         self._device.__enter__()
 
@@ -278,7 +292,7 @@ class CupyBackend(Backend):
         return cublaslt.available()
 
     @_here
-    def linear_activation(self, x: Any, weight: Any, bias: Any, activation: str, keep: bool) -> Any:
+    def linear_activation(self, x: Any, weight: Any, bias: Any, activation: str | None, keep: bool) -> Any:
         return cublaslt.linear(x, weight, bias, activation, keep, self.tf32)
 
     @_here
@@ -291,12 +305,14 @@ class CupyBackend(Backend):
 
     @_here
     def linear(self, x: Any, weight: Any, bias: Any) -> Any:
-        if bias is not None and x.dtype.kind == "f" and cublaslt.available():
-            found = cublaslt.linear(x, weight, bias, None, False, self.tf32)
+        if bias is not None and x.dtype.kind == "f" and self.epilogues:
+            found = self.linear_activation(x, weight, bias, None, False)
             if found is not None:
                 return found[0]
         product = self.gemm(x, weight.T)
-        return product if bias is None else cupy.add(product, bias, product)
+        if bias is not None:
+            self.add_into(product, bias)
+        return product
 
     @_here
     def prepare_update(self, program: Any, sets: Sequence[tuple[Any, list]]) -> None:

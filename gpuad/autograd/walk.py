@@ -175,14 +175,15 @@ class Walk:
 
     def finish_leaves(self) -> None:
         """Hand each leaf its gradient: to all of them, or after an error to none."""
-        sole = {} if self.recorded else _sole(self.gradients)
-        finished = [self._finished(leaf, g, sole.get(leaf, False)) for leaf, g in self.gradients.items()]
-        for leaf, made, added in finished:
-            if made is None:
-                leaf._device.backend.add_into(leaf._grad._data, added)
-                leaf._grad._cell[0] += 1
-            else:
-                leaf._grad, leaf._grad_buffer = made, None
+        if self.gradients:
+            sole = {} if self.recorded else _sole(self.gradients)
+            finished = [self._finished(leaf, g, sole.get(leaf, False)) for leaf, g in self.gradients.items()]
+            for leaf, made, added in finished:
+                if made is None:
+                    leaf._device.backend.add_into(leaf._grad._data, added)
+                    leaf._grad._cell[0] += 1
+                else:
+                    leaf._grad, leaf._grad_buffer = made, None
         leaves = [*self.direct, *self.gradients]
         self.direct.clear()
         self.gradients.clear()

@@ -57,37 +57,37 @@ def _classification(lib: Any, device: Any, sizes: list[int], batch: int) -> tupl
     return _training(lib, device, model, lib.nn.CrossEntropyLoss(), batches, lr=1e-3, momentum=0.9)
 
 
-def mlp_2_16_16_1(lib: Any, device: Any = "cpu") -> tuple:
-    """Training step of 2-16-16-1 tanh, batch 100, MSE, SGD."""
+def mlp_2_16_16_1(lib: Any, device: Any = "cpu", batch: int = 100) -> tuple:
+    """Training step of 2-16-16-1 tanh, MSE, SGD."""
     numbers = np.random.default_rng(1)
     batches = []
     for _ in range(BATCHES):
-        x = numbers.uniform(-1, 1, (100, 2))
-        y = x[:, :1] * x[:, 1:] + 0.3 * numbers.standard_normal((100, 1))
+        x = numbers.uniform(-1, 1, (batch, 2))
+        y = x[:, :1] * x[:, 1:] + 0.3 * numbers.standard_normal((batch, 1))
         batches.append((x.astype(np.float32), y.astype(np.float32)))
     model = _network(lib, [2, 16, 16, 1], lib.nn.Tanh)
     return _training(lib, device, model, lib.nn.MSELoss(), batches, lr=0.01)
 
 
-def mlp_64_128_10(lib: Any, device: Any = "cpu") -> tuple:
-    """Training step of 64-128-10 relu, batch 64, cross-entropy, SGD with momentum."""
-    return _classification(lib, device, [64, 128, 10], 64)
+def mlp_64_128_10(lib: Any, device: Any = "cpu", batch: int = 64) -> tuple:
+    """Training step of 64-128-10 relu, cross-entropy, SGD with momentum."""
+    return _classification(lib, device, [64, 128, 10], batch)
 
 
-def mlp_784_512_512_10(lib: Any, device: Any = "cpu") -> tuple:
-    """Training step of 784-512-512-10 relu, batch 128, cross-entropy, SGD with momentum."""
-    return _classification(lib, device, [784, 512, 512, 10], 128)
+def mlp_784_512_512_10(lib: Any, device: Any = "cpu", batch: int = 128) -> tuple:
+    """Training step of 784-512-512-10 relu, cross-entropy, SGD with momentum."""
+    return _classification(lib, device, [784, 512, 512, 10], batch)
 
 
-def gelu(lib: Any, device: Any = "cpu") -> tuple:
-    """Forward and backward of gelu, written out from primitive ops, on (1024, 4096); under fuse where there is one."""
+def gelu(lib: Any, device: Any = "cpu", batch: int = 1024) -> tuple:
+    """Forward and backward of gelu, written out from primitive ops, on (batch, 4096); under fuse where there is one."""
 
     def formula(x: Any) -> Any:
         return 0.5 * x * (1.0 + lib.tanh(0.7978845608028654 * (x + 0.044715 * x**3)))
 
     function = lib.fuse(formula) if hasattr(lib, "fuse") else formula
     numbers = np.random.default_rng(1)
-    x, g = (lib.from_numpy(numbers.standard_normal((1024, 4096), dtype=np.float32)).to(device) for _ in range(2))
+    x, g = (lib.from_numpy(numbers.standard_normal((batch, 4096), dtype=np.float32)).to(device) for _ in range(2))
     x.requires_grad_()
 
     def step() -> Any:
