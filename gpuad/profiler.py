@@ -215,9 +215,9 @@ class profile:  # noqa: N801  (PyTorch's name)
         return run
 
     def _step(self, was: Callable, _: str) -> Callable:
-        def step(updater: Any, groups: Any, state: Any) -> Any:
+        def step(updater: Any, groups: Any, *rest: Any) -> Any:
             device = _device_of([p for group in groups for p in group["params"]])
-            return self._measured(f"{updater.rule.name} step", "optimizer", device, lambda: was(updater, groups, state))
+            return self._measured(f"{updater.rule.name} step", "optimizer", device, lambda: was(updater, groups, *rest))
 
         return step
 

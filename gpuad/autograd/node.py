@@ -82,6 +82,10 @@ class Node:
             self.hooks = []
         self.hooks.append(hook)
 
+    def free(self) -> None:
+        """Let go of what was saved."""
+        self.saved, self.cells = None, ()
+
     def check(self) -> tuple[Any, ...]:
         """The saved values; raises when they were freed or changed in place since they were saved."""
         saved = self.saved

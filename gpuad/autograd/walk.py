@@ -34,7 +34,7 @@ class Walk:
         self.direct: dict[Tensor, Any] = {}  # leaves whose gradient is written straight into their buffer
         self.heap: list[tuple[int, Node]] = []
         self.sums: dict[int, Any] = {}  # by the id of a pending gradient: the sum of its rows, where it is known
-        self.passed: list[Node] = []
+        self.passed: dict[Node, Node] = {}  # by the node that got its gradient: the node that was passed by
         self.rooms: dict[Tensor, Any] = {}  # leaves whose empty buffer holds a sum that is not theirs yet
         self.needed: set[Any] | None = None
         self.targets: dict[Any, None] = {}
@@ -103,9 +103,6 @@ class Walk:
                 if isinstance(parent, Node):
                     heappush(heap, (-parent.number, parent))
         gradients.update(keep)
-        if not retain:
-            for node in self.passed:  # the walk did not stop there, or only for gradients of other uses
-                node.saved, node.cells = None, ()
 
     def passes(self, node: Node) -> bool:
         """Whether nobody looks at the gradient of this node's output: an op may hand on what comes after it."""
@@ -118,7 +115,13 @@ class Walk:
         if total is not None and parent not in self.gradients:
             self.sums[id(gradient)] = total
         self.contribute(parent, gradient)
-        self.passed.append(node)
+        self.passed[parent] = node
+
+    def free_passed(self, parent: Node) -> None:
+        """When `parent` is walked, all that led to the node before it has been: free what that saved."""
+        node = self.passed.pop(parent, None)
+        if node is not None and not self.retain:
+            node.free()
 
     def room(self, leaf: Any) -> Any:
         """The empty buffer of a leaf to compute its gradient in, before it is known whether that is all of it."""

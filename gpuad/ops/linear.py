@@ -34,6 +34,10 @@ class EpilogueNode(Node):
     __slots__ = ("kept",)
     kept: Any
 
+    def free(self) -> None:
+        super().free()
+        self.kept = None
+
 
 class LinearOp(Primitive):
     """`linear` with a plain backward pass that uses epilogues where the backend has them."""
@@ -43,6 +47,7 @@ class LinearOp(Primitive):
         backend = node.device.backend
         if not backend.epilogues:
             return super().backward(node, gradient, walk)
+        walk.free_passed(node)
         plan, _ = node.info
         saved = dict(zip(plan.names, node.check(), strict=True))
         x, weight, bias = node.parents
@@ -68,7 +73,7 @@ class LinearOp(Primitive):
         if total is not None:
             if walk.in_room(bias, total):
                 return WRITTEN
-            if not isinstance(bias, Tensor) or total is not walk.rooms.get(bias):
+            if not isinstance(bias, Tensor) or total is not walk.direct.get(bias):  # else written over since
                 return total
         into = walk.into(bias) if isinstance(bias, Tensor) else None
         found = _sum_rows(gradient, into)
