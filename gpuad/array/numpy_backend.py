@@ -107,6 +107,10 @@ class NumpyBackend(Backend):
     def check_index(self, index: np.ndarray, length: int, what: str, wrap_negative: bool = True) -> None:
         indices.check(index, length, what, wrap_negative)
 
+    def read_at(self, array: np.ndarray, key: Any) -> np.ndarray:
+        read = np.asarray(array[key])
+        return read if read.flags.c_contiguous else read.copy("C")  # as CuPy and PyTorch lay it out
+
     def add_at(self, out: np.ndarray, key: Any, values: Any) -> None:
         indices.add_at(out, key, values)
 

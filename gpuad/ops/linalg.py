@@ -35,6 +35,15 @@ def _gemm(backend: Any, a: Any, b: Any) -> Any:
             f"matmul got operands of different dtypes:\n  a  {describe(a)}\n  b  {describe(b)}\n"
             f"Convert one of them, e.g. b.to(gpuad.{a.dtype})."
         )
+    if a.ndim > 2 or b.ndim > 2:
+        try:
+            np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        except ValueError as error:
+            raise ShapeError(
+                "matmul got stacks of matrices whose shapes do not broadcast:\n"
+                f"  a  {describe(a)}\n  b  {describe(b)}\n"
+                "All dimensions before the last two must be equal or 1."
+            ) from error
     if a.dtype.kind != "f":
         return backend.xp.matmul(a, b)
     return backend.gemm(a, b)
@@ -170,6 +179,11 @@ def _linear(backend: Any, x: Any, weight: Any, bias: Any) -> Any:
             f"linear got an input that does not fit its weight:\n  input   {describe(x)}\n  weight  "
             f"{describe(weight)}\nThe last dimension of the input must be the in_features of the layer, "
             f"{weight.shape[-1]}."
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ShapeError(
+            f"linear got a bias that does not fit its weight:\n  weight  {describe(weight)}\n  bias    "
+            f"{describe(bias)}\nThe bias must have one element for each row of the weight, ({weight.shape[0]},)."
         )
     if x.dtype != weight.dtype:
         raise DtypeError(
