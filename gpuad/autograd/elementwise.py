@@ -394,7 +394,7 @@ class Elementwise(Op):
         if layout is not None:
             for i in plan.wanted:
                 if result[i] is not WRITTEN and result[i].dtype != layout[i][1]:
-                    result[i] = result[i].astype(layout[i][1])
+                    result[i] = backend.cast(result[i], layout[i][1])
         return result
 
     def _fill(self, node: Node, gradients: Sequence[Any], backend: Any) -> tuple[Any, ...]:
