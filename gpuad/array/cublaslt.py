@@ -100,6 +100,8 @@ def linear(x: Any, weight: Any, bias: Any, activation: str | None, keep: bool, t
 
     x: (m, k). weight: (n, k). bias: (n,) or None, contiguous. Returns (m, n), of the dtype of x.
     """
+    if bias is not None and not bias.flags.c_contiguous:
+        return None
     epilogue, saved = 1, None
     out = cupy.ndarray((x.shape[0], weight.shape[0]), x.dtype)
     if activation is not None:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 
-def index_error(what: str, index: int, position: Any, low: int, length: int) -> str:
-    """The sentence on an index that is not in low … length − 1."""
+def index_error(what: str, index: int, position: int, low: int, length: int) -> str:
+    """The sentence on an index that is not in low … length − 1; position: in the flattened array of indices."""
     valid = f"{low} to {length - 1} are valid" if length else "the dimension has length 0"
     return f"{what} {index} at position {position} is out of range: {valid}."
 
@@ -27,8 +27,7 @@ def check(index: np.ndarray, length: int, what: str, wrap_negative: bool) -> Non
     elif np.maximum.reduce(index, axis=None) < length and np.minimum.reduce(index, axis=None) >= low:
         return
     flat = int(np.argmax((index < low) | (index >= length)))
-    position = flat if index.ndim == 1 else tuple(int(i) for i in np.unravel_index(flat, index.shape))
-    raise IndexError(index_error(what, int(index.reshape(-1)[flat]), position, low, length))
+    raise IndexError(index_error(what, int(index.reshape(-1)[flat]), flat, low, length))
 
 
 def add_at(out: np.ndarray, key: tuple, values: Any) -> None:

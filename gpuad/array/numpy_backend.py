@@ -64,7 +64,7 @@ class NumpyBackend(Backend):
     def cast(self, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
         if dtype.itemsize != 2:
             return array.astype(dtype, copy=False)
-        with np.errstate(over="ignore"):  # to float16, whose range is small: infinity then, without a word
+        with np.errstate(over="ignore", invalid="ignore"):  # what float16 cannot hold is inf, without a word
             return array.astype(dtype, copy=False)
 
     def sum(
@@ -130,6 +130,10 @@ class NumpyBackend(Backend):
 
     def check_index(self, index: np.ndarray, length: int, what: str, wrap_negative: bool = True) -> None:
         indices.check(index, length, what, wrap_negative)
+
+    def read_at(self, array: np.ndarray, key: Any) -> np.ndarray:
+        read = np.asarray(array[key])
+        return read if read.flags.c_contiguous else read.copy("C")  # as CuPy and PyTorch lay it out
 
     def add_at(self, out: np.ndarray, key: Any, values: Any) -> None:
         indices.add_at(out, key, values)

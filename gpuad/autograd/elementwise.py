@@ -24,7 +24,7 @@ from gpuad.autograd.op import (
     promoted_dtype,
     writable,
 )
-from gpuad.errors import FormulaError
+from gpuad.errors import DtypeError, FormulaError
 from gpuad.kernels.expr import Expr, as_expr, substitute
 from gpuad.kernels.formula import Derivative, Formula, trace
 from gpuad.tensor import Tensor, wrap
@@ -259,6 +259,10 @@ class Elementwise(Op):
     def _compute(self, device: Device, inputs: Sequence[Any], arrays: Sequence[Any], outs: Any) -> tuple[list, Any]:
         formula = self.formula
         dtype = promoted_dtype([arrays[i] for i in formula.promoted], formula.needs_float)
+        if dtype.kind == "b" and formula.refuses_bools:
+            raise DtypeError(
+                f"{self.name} takes numbers, not bools; convert first, e.g. x.int(), or use logical_not(x)."
+            )
         try:
             results = device.backend.elementwise_mixed(formula, arrays, dtype, outs)
         except ValueError as error:

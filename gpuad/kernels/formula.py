@@ -48,6 +48,10 @@ class Formula:
             n.function.result == "float" or (isinstance(n, Constant) and isinstance(n.value, float))
             for n in topological(self.outputs)
         )
+        # As in NumPy and PyTorch, bools have no negative and no difference.
+        self.refuses_bools = any(
+            n.args and n.function.name in ("neg", "sub", "relu") for n in topological(self.outputs)
+        )
         # Conditions and labels keep their own dtype; the others are promoted together.
         self.promoted = tuple(i for i, v in enumerate(self.inputs) if v.kind == "number")
         self.bool_outputs = tuple(_is_bool(o) for o in self.outputs)

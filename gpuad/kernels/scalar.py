@@ -44,8 +44,8 @@ sub = _declare("sub", np.subtract, "({0} - {1})", lambda a, b, y: constant(1), l
 mul = _declare("mul", np.multiply, "({0} * {1})", lambda a, b, y: b, lambda a, b, y: a)
 div = _declare("div", np.divide, "({0} / {1})", lambda a, b, y: 1 / b, lambda a, b, y: -y / b, result="float")
 neg = _declare("neg", np.negative, "(-{0})", lambda a, y: constant(-1))
-abs = _declare("abs", np.absolute, "({0} < {T}(0) ? -{0} : {0})", lambda a, y: sign(a))
-sign: ScalarFunction = _declare("sign", None, "({T}({0} > {T}(0)) - {T}({0} < {T}(0)))", None,
+abs = _declare("abs", np.absolute, "({0} < ({T})(0) ? -{0} : {0})", lambda a, y: sign(a))
+sign: ScalarFunction = _declare("sign", None, "(({T})({0} > ({T})(0)) - ({T})({0} < ({T})(0)))", None,
                                 lowered=lambda a: where(a > 0, 1, where(a < 0, -1, 0)))  # fmt: skip
 floor_divide = _declare("floor_divide", np.floor_divide, "gpuad_floor_divide({0}, {1})", None, None)
 remainder = _declare("remainder", np.remainder, "gpuad_remainder({0}, {1})",
@@ -62,7 +62,7 @@ maximum = _declare("maximum", np.maximum, "gpuad_maximum({0}, {1})",
 minimum = _declare("minimum", np.minimum, "gpuad_minimum({0}, {1})",
                    lambda a, b, y: where(a < b, 1.0, where(a == b, 0.5, 0.0)),
                    lambda a, b, y: where(b < a, 1.0, where(a == b, 0.5, 0.0)))  # fmt: skip
-relu = _declare("relu", None, "({0} <= {T}(0) ? {T}(0) : {0})",
+relu = _declare("relu", None, "({0} <= ({T})(0) ? ({T})(0) : {0})",
                 lambda a, y: where(y > 0, 1.0, 0.0), lowered=lambda a: maximum(a, 0))  # fmt: skip
 
 # Conditions -----------------------------------------------------------------------------------------------------------

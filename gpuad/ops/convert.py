@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gpuad.array import dtypes, streams
-from gpuad.array.device import Device, as_device
+from gpuad.array.device import Device, as_device, of_array
 from gpuad.autograd.op import function
 from gpuad.autograd.primitive import Primitive, linear, primitive
 from gpuad.errors import AutogradError
@@ -16,7 +16,7 @@ from gpuad.tensor import Tensor, wrap
 
 cast = primitive(
     "cast",
-    lambda backend, input, *, dtype: input.astype(dtype),
+    lambda backend, input, *, dtype: backend.copy(input) if input.dtype == dtype else backend.cast(input, dtype),
     vjp={"input": lambda g, input_dtype: _back(g, input_dtype)},
     jvp=linear,
     samples=[(S((3, 4)), {"dtype": dtypes.float64}), (S(()), {"dtype": dtypes.float64})],
@@ -25,7 +25,7 @@ cast = primitive(
 
 
 def _back(g: Any, dtype: np.dtype) -> Any:
-    return g.to(dtype) if isinstance(g, Tensor) else g.astype(dtype)
+    return g.to(dtype) if isinstance(g, Tensor) else of_array(g).backend.cast(g, dtype)
 
 
 # A copy to another device; the gradient is copied back to where the input came from.

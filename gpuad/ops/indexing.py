@@ -101,7 +101,15 @@ def getitem(self: Tensor, key: Any) -> Tensor:
     try:
         return slice_(self, key=found) if basic else take(self, key=found)
     except IndexError as error:
-        raise IndexError(f"{error} (the tensor has shape {tuple(self.shape)})") from error
+        raise _refused(self, error) from error
+
+
+def _refused(self: Tensor, error: IndexError) -> IndexError:
+    """What an array library says of an index, in the words of one of them."""
+    text = str(error)
+    if text.startswith("boolean index"):
+        text = "a bool index must have the lengths of the dimensions that it selects from"
+    return IndexError(f"{text[:1].lower()}{text[1:]} (the tensor has shape {tuple(self.shape)})")
 
 
 def _check_bounds(self: Tensor, key: tuple) -> None:
@@ -178,7 +186,10 @@ def setitem(self: Tensor, key: Any, value: Any) -> None:
     if not isinstance(value, (Tensor, *NUMBERS)):
         value = wrap(self._device.backend.asarray(np.asarray(value, self._data.dtype)), self._device)
     check_devices("assignment", (self, value), ("tensor", "value"))
-    shape = self._data[found].shape if basic else None
+    try:
+        shape = self._data[found].shape if basic else None
+    except IndexError as error:
+        raise _refused(self, error) from error
     if isinstance(value, Tensor):
         if basic and value._data.ndim > len(shape):  # type: ignore[arg-type]
             value = value.reshape(value._data.shape[value._data.ndim - len(shape) :])  # type: ignore[arg-type]
@@ -199,8 +210,9 @@ def setitem(self: Tensor, key: Any, value: Any) -> None:
         self._device.backend.inside(data.__setitem__, found, array)
     except ValueError as error:
         given = tuple(value.shape) if isinstance(value, Tensor) else value
-        raise ShapeError(f"A value of shape {given} does not fit the indexed place of a {tuple(self.shape)} tensor: "
-                         f"{error}.") from error  # fmt: skip
+        place = tuple(self._data[found].shape)
+        raise ShapeError(f"A value of shape {given} does not fit the indexed place of a {tuple(self.shape)} tensor, "
+                         f"which has shape {place}.") from error  # fmt: skip
     self._cell[0] += 1
     if recording:
         before = wrap(data, self._device)

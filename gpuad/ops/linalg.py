@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from gpuad.array.device import of_array
 from gpuad.autograd.op import describe, function
 from gpuad.autograd.primitive import multilinear, primitive
@@ -33,6 +35,15 @@ def _gemm(backend: Any, a: Any, b: Any) -> Any:
             f"matmul got operands of different dtypes:\n  a  {describe(a)}\n  b  {describe(b)}\n"
             f"Convert one of them, e.g. b.to(gpuad.{a.dtype})."
         )
+    if a.ndim > 2 or b.ndim > 2:
+        try:
+            np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        except ValueError as error:
+            raise ShapeError(
+                "matmul got stacks of matrices whose shapes do not broadcast:\n"
+                f"  a  {describe(a)}\n  b  {describe(b)}\n"
+                "All dimensions before the last two must be equal or 1."
+            ) from error
     if a.dtype.kind != "f":
         return backend.xp.matmul(a, b)
     return backend.gemm(a, b)

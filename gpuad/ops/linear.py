@@ -15,17 +15,16 @@ from typing import Any
 import numpy as np
 
 from gpuad.array.device import of_array
+from gpuad.autograd.elementwise import Elementwise
 from gpuad.autograd.modes import state
 from gpuad.autograd.node import WRITTEN, Node
-from gpuad.autograd.op import Interpreters, describe, function
+from gpuad.autograd.op import Interpreters, Op, describe, function
 from gpuad.autograd.primitive import Primitive
 from gpuad.errors import DtypeError, ShapeError
 from gpuad.ops.activations import gelu_tanh, relu
 from gpuad.ops.linalg import gemm, mT
 from gpuad.ops.samples import S
 from gpuad.tensor import Tensor, wrap
-
-_ACTIVATIONS = {"relu": relu, "gelu": gelu_tanh}
 
 
 class EpilogueNode(Node):
@@ -98,6 +97,11 @@ def _linear(backend: Any, x: Any, weight: Any, bias: Any) -> Any:
             f"{describe(weight)}\nThe last dimension of the input must be the in_features of the layer, "
             f"{weight.shape[-1]}."
         )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ShapeError(
+            f"linear got a bias that does not fit its weight:\n  weight  {describe(weight)}\n  bias    "
+            f"{describe(bias)}\nThe bias must have one element for each row of the weight, ({weight.shape[0]},)."
+        )
     if x.dtype != weight.dtype:
         raise DtypeError(
             f"linear got an input and a weight of different dtypes:\n  input   {describe(x)}\n  weight  "
@@ -166,6 +170,39 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
     return linear_(flat, weight, bias).reshape(shape)
 
 
+class LinearActivation(Op):
+    """A linear layer and its activation as one product; called with matrices that fit, None where there is no such."""
+
+    def __init__(self, activation: str, op: Elementwise) -> None:
+        super().__init__(f"linear_{activation}", register=False)
+        self.activation, self.op = activation, op
+
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        backend, device = input._device.backend, input._device
+        tensors = (input, weight) if bias is None else (input, weight, bias)
+        wanted = tuple([i for i, t in enumerate(tensors) if t._requires_grad]) if state.enabled else ()
+        arrays = [t._data for t in tensors] + [None] * (3 - len(tensors))
+        found = backend.linear_activation(*arrays, self.activation, bool(wanted))
+        if found is None:
+            return None
+        array, kept = found
+        out = wrap(array, device)
+        if wanted:
+            before = wrap(array, device)  # stands for the value before the activation, which is nowhere
+            linear_._record((input, weight, bias), arrays, before, wanted, {})
+            plan = self.op.plan((0,))
+            saved = (kept.values[:, : array.shape[1]],) if plan.inputs else (array,)
+            cells = () if plan.inputs else (out._cell,)
+            version = sum([cell[0] for cell in cells])
+            node = EpilogueNode(self.op, (before._node,), saved, cells, version, (plan, None), device)
+            node.kept = kept
+            out._node, out._requires_grad = node, True
+        return out
+
+
+_FUSED = {"relu": LinearActivation("relu", relu), "gelu": LinearActivation("gelu", gelu_tanh)}
+
+
 def linear_activation(input: Any, weight: Any, bias: Any, activation: str) -> Tensor | None:
     """activation(input @ weight.T + bias) as one product, for "relu" or "gelu" (by tanh); None where that cannot be.
 
@@ -173,31 +210,14 @@ def linear_activation(input: Any, weight: Any, bias: Any, activation: str) -> Te
     """
     if not isinstance(input, Tensor) or not input._device.backend.epilogues or Interpreters.active:
         return None
-    tensors = (input, weight) if bias is None else (input, weight, bias)
-    x = input._data
-    if any([t._device is not input._device or t._data.dtype != x.dtype for t in tensors]) or not x.ndim:
-        return None
-    if x.dtype.kind != "f" or weight._data.ndim != 2 or x.shape[-1] != weight._data.shape[1]:
-        return None
-    if x.ndim != 2:
-        flat = linear_activation(input.reshape(-1, x.shape[-1]), weight, bias, activation) if x.size else None
-        return None if flat is None else flat.reshape((*x.shape[:-1], weight._data.shape[0]))
-    backend, device = input._device.backend, input._device
-    wanted = tuple([i for i, t in enumerate(tensors) if t._requires_grad]) if state.enabled else ()
-    arrays = [t._data for t in tensors] + [None] * (3 - len(tensors))
-    found = backend.linear_activation(*arrays, activation, bool(wanted))
-    if found is None:
-        return None
-    array, kept = found
-    out = wrap(array, device)
-    if wanted:
-        before = wrap(array, device)  # stands for the value before the activation, which is nowhere
-        linear_._record((input, weight, bias), arrays, before, wanted, {})
-        op = _ACTIVATIONS[activation]
-        plan = op.plan((0,))
-        saved = (kept.values[:, : array.shape[1]],) if plan.inputs else (array,)
-        cells = () if plan.inputs else (out._cell,)
-        node = EpilogueNode(op, (before._node,), saved, cells, sum([c[0] for c in cells]), (plan, None), device)
-        node.kept = kept
-        out._node, out._requires_grad = node, True
-    return out
+    x, w = input._data, weight._data
+    for t in (weight,) if bias is None else (weight, bias):
+        if t._device is not input._device or t._data.dtype != x.dtype:
+            return None
+    fits = x.size and x.dtype.kind == "f" and w.ndim == 2 and x.shape[-1] == w.shape[1]
+    if not fits or (bias is not None and bias._data.shape != w.shape[:1]):
+        return None  # linear() says what is wrong
+    if x.ndim == 2:
+        return _FUSED[activation](input, weight, bias)
+    flat = _FUSED[activation](input.reshape(-1, x.shape[-1]), weight, bias)
+    return None if flat is None else flat.reshape((*x.shape[:-1], w.shape[0]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gpuad.autograd.elementwise import Elementwise, elementwise
-from gpuad.autograd.op import check_devices, describe, function
+from gpuad.autograd.op import as_operand, check_devices, describe, function
 from gpuad.autograd.reduced import Reduced
 from gpuad.errors import DtypeError, ShapeError
 from gpuad.kernels.scalar import abs, clamp, exp, log, log1p, maximum, ne, row_at, row_logsumexp, where
@@ -213,9 +213,13 @@ nll_masked = Reduced(
 )
 
 
-def _check_labels(name: str, input: Any, target: Any) -> None:
+def _check_labels(name: str, input: Any, target: Any, weight: Any) -> None:
+    if weight is not None:
+        weight = as_operand(name, weight)
+    if input._device is not target._device or weight is not None:
+        check_devices(name, (input, target, weight), ("input", "target", "weight"))
     if input._data.shape[:1] == target._data.shape and input._data.ndim == 2 and target._data.dtype.kind == "i":
-        return  # the common case; devices are checked by the operation
+        return  # the common case
     if target.dtype.kind not in "iu":
         raise DtypeError(
             f"{name} takes class indices as integers, or probabilities of the shape of its input:\n  input   "
@@ -230,7 +234,6 @@ def _check_labels(name: str, input: Any, target: Any) -> None:
             f"{name} takes input (N, C, *) and class indices (N, *):\n  input   {describe(input)}\n  target  "
             f"{describe(target)}"
         )
-    check_devices(name, (input, target), ("input", "target"))
 
 
 def _as_rows(input: Any, target: Any) -> tuple[Any, Any]:
@@ -259,7 +262,7 @@ def cross_entropy(
         raise TypeError(f"cross_entropy takes Tensors, got {type(input).__name__} and {type(target).__name__}.")
     if target._data.dtype.kind == "f":
         return _soft_cross_entropy(input, target, weight, reduction, label_smoothing)
-    _check_labels("cross_entropy", input, target)
+    _check_labels("cross_entropy", input, target, weight)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing is between 0 and 1, got {label_smoothing}.")
     rows, labels = _as_rows(input, target)
@@ -307,7 +310,7 @@ def _soft_cross_entropy(input: Any, target: Any, weight: Any, reduction: str, la
 @function(nn=True)
 def nll_loss(input: Any, target: Any, weight: Any = None, ignore_index: int = -100, reduction: str = "mean") -> Any:
     """−input[target] for rows of log-probabilities; arguments as of cross_entropy."""
-    _check_labels("nll_loss", input, target)
+    _check_labels("nll_loss", input, target, weight)
     rows, labels = _as_rows(input, target)
     input._device.backend.check_labels(labels._data, rows._data.shape[1], ignore_index)
     if weight is None and reduction != "none":
