@@ -64,6 +64,28 @@ class Level:
             Interpreters.active -= 1
 
 
+class Reopened:
+    """A context in which the levels that were open at a `depth()` are open again, for what ran there to run again."""
+
+    def __init__(self, depth: int) -> None:
+        self._depth = depth
+
+    def __enter__(self) -> None:
+        with _counting:
+            Interpreters.active += 1
+        self._before, _levels.depth = _levels.depth, self._depth
+
+    def __exit__(self, *exc: object) -> None:
+        _levels.depth = self._before
+        with _counting:
+            Interpreters.active -= 1
+
+
+def depth() -> int:
+    """How many levels are open in this thread."""
+    return _levels.depth
+
+
 def unpack(x: Any, level: int) -> tuple[Any, Any]:
     """(primal, tangent) of x at `level`; the tangent is None where x does not depend on that level's inputs."""
     if isinstance(x, Dual) and x.level == level:

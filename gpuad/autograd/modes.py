@@ -13,6 +13,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 class _State(threading.local):
     enabled = True
     inference = False
+    walk: Any = None  # the reverse pass that is under way
 
 
 state = _State()
