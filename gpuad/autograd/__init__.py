@@ -1,5 +1,6 @@
 """Automatic differentiation: the tape, the reverse walk, forward mode, grad modes, custom functions, checks."""
 
+from gpuad.autograd import graph
 from gpuad.autograd.forward import jvp as _jvp  # noqa: F401  (puts forward mode in place)
 from gpuad.autograd.function import Function
 from gpuad.autograd.modes import (
@@ -13,6 +14,6 @@ from gpuad.autograd.node import Node
 from gpuad.autograd.walk import backward, grad
 
 __all__ = [
-    "Function", "Node", "backward", "enable_grad", "grad", "inference_mode", "is_grad_enabled", "no_grad",
+    "Function", "Node", "backward", "enable_grad", "grad", "graph", "inference_mode", "is_grad_enabled", "no_grad",
     "set_grad_enabled",
 ]  # fmt: skip

@@ -106,7 +106,7 @@ def apply(op: Op, inputs: Sequence[Any], params: dict) -> Any:
         return value
     made = make_dual(value, tangent, level)
     if getattr(op, "view", False):
-        made._view_of = inputs[0]
+        made._view = (op, inputs[0], params)
     return made
 
 
@@ -114,7 +114,7 @@ def write(name: str, target: Tensor, result: Tensor) -> Tensor:
     """An operation in place on duals: the target takes over what the operation gave out of place."""
     recording = state.enabled and result._requires_grad
     check_in_place(name, target, result._data.dtype, result._data.shape, recording)
-    if not isinstance(target, Dual) or not isinstance(result, Dual) or target._view_of is not None:
+    if not isinstance(target, Dual) or not isinstance(result, Dual) or target._view is not None:
         raise AutogradError(
             f"{name}_ would store a tangent of forward mode in a tensor that has none of its own (a view, or a tensor "
             "from outside). Use the operation out of place."

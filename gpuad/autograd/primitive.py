@@ -18,6 +18,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import ref
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from gpuad.array.device import of_array
 from gpuad.autograd.modes import state
 from gpuad.autograd.node import WRITTEN, Node
 from gpuad.autograd.op import NUMBERS, Interpreters, Op, as_operand, check_devices
+from gpuad.autograd.views import prune
 from gpuad.errors import FormulaError
 from gpuad.kernels.expr import Expr
 from gpuad.tensor import Tensor, wrap
@@ -183,7 +185,17 @@ class Primitive(Op):
         else:
             outs = out = wrap(data, device)  # type: ignore[assignment]
             if self.view:
-                out._cell = inputs[0]._cell
+                source = inputs[0]
+                cell = out._cell = source._cell
+                if not state.enabled:
+                    out._view = (None, source, "no_grad")
+                else:
+                    out._view = (self, source, params)
+                    if source._node is not None or not source._requires_grad:  # others cannot be changed in place
+                        cell.append(ref(out))
+                        count = len(cell)
+                        if count > 64 and not count & (count - 1):
+                            prune(cell)
         if wanted and state.enabled and self.rules and out._data.dtype.kind == "f":
             self._record(inputs, arrays, out, wanted, params)
         return outs
@@ -219,8 +231,6 @@ class Primitive(Op):
             known = params
         out._node = Node(self, tuple(parents), tuple(saved), tuple(cells), version, (plan, known), out._device)
         out._requires_grad = True
-        if self.view:
-            out._view_of = inputs[0]
 
     # Reverse mode -----------------------------------------------------------------------------------------------------
 
