@@ -37,6 +37,7 @@ class Walk:
         self.heap: list[tuple[int, Node]] = []
         self.anomaly = anomaly.settings.enabled
         self.at_end: list[Callable[[], None]] = []
+        self.at: Node | None = None  # the node whose rule runs, while anomalies are looked for
 
     def drive(self, seeds: list[tuple[Any, Any]], targets: Any = None, needed: Any = None) -> None:
         """The whole pass from the seeds, (place, gradient) each, which it empties."""
@@ -130,7 +131,7 @@ class Walk:
 
     def into(self, leaf: Tensor) -> tuple[Any, float] | None:
         """(buffer, beta) where an op may write a leaf's gradient as beta · buffer + gradient, else None."""
-        if not self.accumulate or self.recorded or leaf._hooks or leaf in self.gradients:
+        if not self.accumulate or self.recorded or self.anomaly or leaf._hooks or leaf in self.gradients:
             return None
         if leaf in self.direct:
             return self.direct[leaf], 1.0
