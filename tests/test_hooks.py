@@ -423,3 +423,46 @@ def test_full_backward_hook_that_returns_the_wrong_number():
     p, _ = module(gpuad.ones(1, requires_grad=True), gpuad.ones(1, requires_grad=True), 2.0)
     with pytest.raises(RuntimeError, match="1 gradients in place of 3"):
         p.sum().backward()
+
+
+# Post-accumulate hooks ------------------------------------------------------------------------------------------------
+
+
+def test_post_accumulate_hooks_run_as_soon_as_a_leaf_is_done(device):
+    """An optimiser's step inside backward: each gradient can go before the next is there."""
+    layers = [leaf([[1.0, 0.5], [0.5, 1.0]], device) for _ in range(4)]
+    alive, order = [], []
+
+    def step(p):
+        alive.append(sum(q.grad is not None for q in layers))
+        order.append(next(i for i, q in enumerate(layers) if q is p))
+        with gpuad.no_grad():
+            p.sub_(p.grad * 0.1)
+        p.grad = None
+
+    expected = []
+    x = gpuad.ones(1, 2, device=device)
+    y = x
+    for p in [*layers, layers[2]]:  # the third is used twice
+        y = y @ p
+    for p, g in zip(layers, grad(y.sum(), layers, retain_graph=True), strict=True):
+        expected.append(values_of(p.detach() - g * 0.1))
+    for p in layers:
+        p.register_post_accumulate_grad_hook(step)
+    y.sum().backward()
+    assert order == [3, 2, 1, 0] and alive == [1, 1, 1, 1]
+    assert [values_of(p) for p in layers] == expected
+
+
+def test_post_accumulate_hooks_with_inputs_and_grad(device):
+    x, w = leaf([1.0], device), leaf([2.0], device)
+    seen = []
+    x.register_post_accumulate_grad_hook(lambda t: seen.append("x"))
+    w.register_post_accumulate_grad_hook(lambda t: seen.append("w"))
+    y = (x * w * w).sum()
+    y.backward(inputs=[w], retain_graph=True)
+    assert seen == ["w"] and x.grad is None and values_of(w.grad) == [4.0]
+    grad(y, [x, w], retain_graph=True)
+    assert seen == ["w"]
+    y.backward(create_graph=True)
+    assert sorted(seen) == ["w", "w", "x"] and values_of(w.grad) == [8.0] and x.grad.requires_grad

@@ -43,6 +43,10 @@ class RemovableHandle:
         self.remove()
 
 
+# The leaves that have had post-accumulate hooks: while there are none, no walk counts how often a leaf was used.
+hooked_leaves: weakref.WeakSet[Tensor] = weakref.WeakSet()
+
+
 class NodeHooks:
     """The hooks of one node. output: of its output tensor. retained: whose .grad keeps the output's gradient.
 
@@ -143,7 +147,11 @@ def register_hook(self: Tensor, hook: Callable) -> RemovableHandle:
 
 
 def register_post_accumulate_grad_hook(self: Tensor, hook: Callable) -> RemovableHandle:
-    """Call `hook(tensor)` after backward has accumulated this leaf's gradient; returns a handle with remove()."""
+    """Call `hook(tensor)` when backward has accumulated this leaf's gradient; returns a handle with remove().
+
+    That is as soon as the last operation that used the leaf has been walked, so a hook that steps an optimiser and sets
+    tensor.grad to None keeps no more than a few gradients alive at a time.
+    """
     if self._node is not None or not self._requires_grad:
         raise AutogradError(
             "register_post_accumulate_grad_hook() needs a leaf that requires grad; only leaves accumulate gradients. "
@@ -151,6 +159,7 @@ def register_post_accumulate_grad_hook(self: Tensor, hook: Callable) -> Removabl
         )
     if self._post_hooks is None:
         self._post_hooks = {}
+        hooked_leaves.add(self)
     return RemovableHandle(self._post_hooks, hook)
 
 

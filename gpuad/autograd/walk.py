@@ -13,7 +13,7 @@ from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
 from gpuad.autograd import anomaly
-from gpuad.autograd.hooks import NodeHooks, run_output_hooks, run_tuple_hooks
+from gpuad.autograd.hooks import NodeHooks, hooked_leaves, run_output_hooks, run_tuple_hooks
 from gpuad.autograd.modes import state
 from gpuad.autograd.node import WRITTEN, Node, OutputNode
 from gpuad.autograd.op import Interpreters
@@ -37,6 +37,7 @@ class Walk:
         self.heap: list[tuple[int, Node]] = []
         self.anomaly = anomaly.settings.enabled
         self.at_end: list[Callable[[], None]] = []
+        self.uses: dict[Tensor, int] = {}  # of leaves with post-accumulate hooks: operations that are yet to be walked
         self.at: Node | None = None  # the node whose rule runs, while anomalies are looked for
 
     def drive(self, seeds: list[tuple[Any, Any]], targets: Any = None, needed: Any = None) -> None:
@@ -44,6 +45,8 @@ class Walk:
         enabled, outer = state.enabled, state.walk
         state.enabled, state.walk = self.recorded, self
         try:
+            if self.accumulate and hooked_leaves:
+                self._count_uses([place for place, _ in seeds], needed)
             while seeds:  # taken out one by one: what the walk adds to, nobody else may hold
                 self.contribute(*seeds.pop(0))
             self.run(targets, needed)
@@ -81,7 +84,7 @@ class Walk:
     def run(self, targets: dict[Any, None] | None = None, needed: set[Any] | None = None) -> None:
         """Walk until no node is pending; with `needed`, only nodes that lead to a target."""
         heap, gradients, recorded, retain = self.heap, self.gradients, self.recorded, self.retain
-        direct, watched = self.direct, self.anomaly
+        direct, watched, uses = self.direct, self.anomaly, self.uses
         keep: dict[Any, Any] = {}
         while heap:
             node = heappop(heap)[1]
@@ -117,6 +120,9 @@ class Walk:
                 gradients[parent] = result
                 if isinstance(parent, Node):
                     heappush(heap, (-parent.number, parent))
+            if uses:
+                results = result = None  # what a leaf takes over, nobody else may hold
+                self._finish_used_up(node.parents)
         if not self.accumulate:  # else retain_grad() has kept them
             gradients.update(keep)
 
@@ -192,6 +198,39 @@ class Walk:
             return results
 
         return run
+
+    def _count_uses(self, roots: list[Any], needed: set[Any] | None) -> None:
+        """Count the operations on the way that used each leaf with post-accumulate hooks."""
+        nodes = [n for n in roots if isinstance(n, Node)]
+        seen = set(nodes)
+        while nodes:
+            node = nodes.pop()
+            if needed is not None and node not in needed:
+                continue
+            for parent in node.parents:
+                if isinstance(parent, Tensor):
+                    if parent._post_hooks:
+                        self.uses[parent] = self.uses.get(parent, 0) + 1
+                elif parent is not None and parent not in seen:
+                    seen.add(parent)
+                    nodes.append(parent)
+
+    def _finish_used_up(self, parents: tuple) -> None:
+        """Hand those leaves their gradients whose last use was just walked, and call their hooks."""
+        for parent in parents:
+            left = self.uses.get(parent)
+            if left is None:
+                continue
+            self.uses[parent] = left - 1
+            if left == 1:
+                if parent in self.gradients:
+                    last = {parent: self.gradients.pop(parent)}
+                    sole = not self.recorded and _sole(last)[parent]
+                    self._finish_leaf(parent, last[parent], sole)
+                elif self.direct.pop(parent, None) is None:
+                    continue
+                for hook in list(parent._post_hooks.values()):
+                    hook(parent)
 
     def finish_leaves(self) -> None:
         """Hand each leaf its gradient."""
