@@ -42,7 +42,7 @@ def test_names_the_line_of_the_forward_pass(device):
     text = str(caught.value)
     assert text.startswith("The gradient that sqrt computed for its input 0 has NaN. This is sqrt at ")
     assert f"test_anomaly.py:{line_of('the root')} in root_of:\n    return x.sqrt()  # the root" in text
-    assert re.search(rf'line {line_of("the call")}, in test_names.*\n.*root_of\(x \* 2\)', text)
+    assert re.search(rf"line {line_of('the call')}, in test_names.*\n.*root_of\(x \* 2\)", text)
     assert "gpuad/autograd" not in text and "In the forward pass" not in text
 
 
@@ -56,7 +56,8 @@ def test_names_the_first_operation_that_was_not_finite(device):
             (c * x).sum().backward()
     text = str(caught.value)
     assert "mul computed for its input 1 has inf." in text
-    assert f"log was the first operation whose result had inf while its operands had not, at {__file__}:{line_of('the logarithm')}" in text  # fmt: skip
+    assert "log was the first operation whose result had inf while its operands had not, at " in text
+    assert f"{__file__}:{line_of('the logarithm')} in " in text
 
 
 def test_infinite_gradients(device):
@@ -118,7 +119,8 @@ def test_errors_in_a_rule_come_with_the_line(device):
         y = x * 2
         z = y * y  # the product
         y.add_(1)
-        with pytest.warns(UserWarning, match=f"gradient of mul at .*:{line_of('the product')}"), pytest.raises(AutogradError):  # fmt: skip
+        where = line_of("the product")
+        with pytest.warns(UserWarning, match=f"gradient of mul at .*:{where}"), pytest.raises(AutogradError):
             z.sum().backward()
 
 

@@ -34,7 +34,7 @@ def test_weights_are_differentiated_too(device):
 
 
 def test_inputs_take_all_of_the_gradient(device):
-    """A leaf accumulates; what is no leaf keeps its gradient from then on, as after retain_grad(); others stay as they are."""
+    """Leaves accumulate; others keep their gradients from then on, as after retain_grad(); the rest gets none."""
     x, w, unused = leaf([1.0, 2.0], device), leaf([3.0, 4.0], device), leaf([1.0], device)
     y = x * 3
     z = (y * w).sum()
@@ -139,10 +139,11 @@ def test_a_failed_walk_leaves_the_modes_as_they_were(device):
 def test_positional_arguments_of_to(device):
     x = gpuad.ones(2, device=device)
     other = gpuad.ones(1, dtype="float64", device=device)
-    for args in ((), (None,), (gpuad.float32,), (gpuad.float32, True), (gpuad.float32, True, False), (device,), (device, None),
-                 (device, gpuad.float32, True), (str(device),), (x, True)):  # fmt: skip
+    f32 = gpuad.float32
+    same = [(), (None,), (f32,), (f32, True), (f32, True, False), (device,), (device, None), (device, f32, True)]
+    for args in [*same, (x, True), (str(device),)]:
         assert x.to(*args) is x, args
-    for args in ((gpuad.float32, False, True), (device, None, False, True), (device, gpuad.float32, True, True), (x, False, True)):
+    for args in [(f32, False, True), (device, None, False, True), (device, f32, True, True), (x, False, True)]:
         copied = x.to(*args)
         assert copied is not x and copied.data_ptr() != x.data_ptr() and copied.dtype == x.dtype, args
     assert x.to(device, gpuad.float64).dtype == x.to(other).dtype == x.to(None, gpuad.float64).dtype == gpuad.float64

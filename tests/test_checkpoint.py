@@ -96,8 +96,11 @@ def test_forward_mode_and_mixes(model, x, way):
         gpuad.manual_seed(3)
         value, tangent = gpuad.func.jvp(loss, (x,), (direction,))
         gpuad.manual_seed(3)
-        return value, tangent, *grad(tangent, [x, *model.parameters()], allow_unused=True), gpuad.func.hvp(
-            loss, x.detach(), direction
+        return (
+            value,
+            tangent,
+            *grad(tangent, [x, *model.parameters()], allow_unused=True),
+            gpuad.func.hvp(loss, x.detach(), direction),
         )
 
     for a, b in zip(results(WAYS[way]), results(lambda m, x: m(x)), strict=True):

@@ -141,7 +141,10 @@ def test_what_a_hook_returns_is_checked(returned, error, text):
 def test_what_a_node_hook_returns_is_checked():
     x = gpuad.ones(2, requires_grad=True)
     y = x * 2
-    with y.grad_fn.register_prehook(lambda g: (g[0], g[0])), pytest.raises(AutogradError, match="2 gradients in place of 1"):
+    with (
+        y.grad_fn.register_prehook(lambda g: (g[0], g[0])),
+        pytest.raises(AutogradError, match="2 gradients in place of 1"),
+    ):
         y.sum().backward()
     z = x * 2
     z.grad_fn.register_hook(lambda grads, outputs: (grads[0], grads[0]))
@@ -212,7 +215,10 @@ def test_saved_tensors_of_every_kind_of_node(device):
 
     def loss():
         y = Square.apply(gpuad.softmax(x * w, -1)) @ x.T
-        return nn.functional.cross_entropy(y.tanh(), gpuad.tensor([0, 1, 2, 3], device=device)) + (y / w.exp().sum()).amax()
+        return (
+            nn.functional.cross_entropy(y.tanh(), gpuad.tensor([0, 1, 2, 3], device=device))
+            + (y / w.exp().sum()).amax()
+        )
 
     expected = grad(loss(), [x, w])
     count = []
@@ -356,7 +362,9 @@ def test_full_backward_hooks(device):
     x = leaf([[1.0, 1.0]], device)
     seen = []
     layer.register_full_backward_hook(
-        lambda m, grad_input, grad_output: seen.append((m is layer, values_of(grad_input[0]), values_of(grad_output[0])))
+        lambda m, grad_input, grad_output: seen.append(
+            (m is layer, values_of(grad_input[0]), values_of(grad_output[0]))
+        )
     )
     handle = layer.register_full_backward_pre_hook(lambda m, grad_output: (grad_output[0] * 10,))
     layer(x).sum().backward()
@@ -389,14 +397,16 @@ def test_full_backward_hooks_of_several_inputs_and_outputs(device):
     module.register_full_backward_hook(lambda m, inputs, outputs: seen.append((inputs, outputs)))
     p, q = module(a, b, 3.0)
     (p + q).sum().backward()
-    ((ga, gb, number), (gp, gq)), = seen
+    (((ga, gb, number), (gp, gq)),) = seen
     assert number is None and [values_of(g) for g in (ga, gb, gp, gq)] == [[3.0], [4.0], [1.0], [1.0]]
 
 
 def test_full_backward_hook_without_inputs_that_require_grad(device):
     layer = nn.Linear(2, 1).to(device)
     seen = []
-    layer.register_full_backward_hook(lambda m, grad_input, grad_output: seen.append((grad_input, values_of(grad_output[0]))))
+    layer.register_full_backward_hook(
+        lambda m, grad_input, grad_output: seen.append((grad_input, values_of(grad_output[0])))
+    )
     layer(gpuad.ones(3, 2, device=device)).sum().backward()
     assert seen == [((None,), [[1.0]] * 3)]
     layer.register_full_backward_hook(lambda m, grad_input, grad_output: grad_output)

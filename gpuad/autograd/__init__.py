@@ -18,8 +18,8 @@ from gpuad.autograd.reduced import Reduced
 from gpuad.autograd.walk import backward, grad
 
 __all__ = [
-    "Function", "Node", "backward", "detect_anomaly", "enable_grad", "grad", "graph", "inference_mode", "is_grad_enabled", "no_grad",
-    "set_detect_anomaly", "set_grad_enabled",
+    "Function", "Node", "backward", "detect_anomaly", "enable_grad", "grad", "graph", "inference_mode",
+    "is_grad_enabled", "no_grad", "set_detect_anomaly", "set_grad_enabled",
 ]  # fmt: skip
 
 settings.classes.extend([Elementwise, Primitive, Reduced])

@@ -41,11 +41,11 @@ def _users_frames() -> traceback.StackSummary:
         if (frame.f_globals.get("__name__") or "").partition(".")[0] != "gpuad" and "__name__" in frame.f_globals
     ]
     frames.reverse()
-    return traceback.StackSummary.extract(frames)  # type: ignore[arg-type]
+    return traceback.StackSummary.extract(frames)
 
 
 def _note(node: Node) -> None:
-    """Leave in a new node's metadata where it was made, and of a gradient's node, the node whose gradient it computes."""
+    """Leave in a new node's metadata where it was made, and the node whose gradient it computes, if it does."""
     if not isinstance(node, OutputNode):
         node.metadata["traceback"] = _users_frames()
         if state.walk is not None and state.walk.at is not None:

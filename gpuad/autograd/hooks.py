@@ -109,8 +109,9 @@ def _checked(hook: Any, before: Tensor | None, after: Any) -> Tensor:
     """`after`, where it can stand in place of `before`."""
     name = _called(hook)
     if not isinstance(after, Tensor):
-        raise TypeError(f"The hook {name} returned a {type(after).__name__}; a hook returns a Tensor, or None to change "
-                        "nothing.")  # fmt: skip
+        raise TypeError(
+            f"The hook {name} returned a {type(after).__name__}; a hook returns a Tensor, or None to change nothing."
+        )
     if before is None:
         raise AutogradError(f"The hook {name} returned a gradient where there was none; return None in its place.")
     if after._data.shape != before._data.shape:

@@ -145,11 +145,11 @@ def _made_and_seen(self: Node, *args: Any) -> None:
 
 
 def watch(watcher: Callable[[Node], None]) -> None:
-    """Call `watcher(node)` for every node that any thread makes, until unwatch(); while nobody watches it costs nothing."""
+    """Call `watcher(node)` for every node that any thread makes, until unwatch(); free while nobody watches."""
     global _watchers
     with _watching:
         _watchers = [*_watchers, watcher]
-        Node.__init__ = _made_and_seen  # type: ignore[method-assign]
+        Node.__init__ = _made_and_seen  # type: ignore[method-assign, assignment]
 
 
 def unwatch(watcher: Callable[[Node], None]) -> None:

@@ -7,12 +7,15 @@ view, as (op, source, parameters); the version cell that x shares with its views
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from gpuad.autograd.op import table
 from gpuad.tensor import Tensor, wrap
+
+if TYPE_CHECKING:
+    from gpuad.autograd.primitive import Primitive
 
 Chain = tuple[tuple[str, dict[str, Any]], ...]  # the view ops from an owner to a view, by name
 
@@ -62,9 +65,9 @@ def _rebase(base: Tensor, chain: Chain, target: Tensor) -> None:
     before._node, before._requires_grad = base._node, base._requires_grad
     value._node, value._requires_grad = target._node, True
     wanted = (0, 1) if base._requires_grad else (1,)
-    strides = base._data.strides
+    strides, put_op = base._data.strides, cast("Primitive", table["view_put"])
     order = tuple(sorted(range(len(strides)), key=lambda i: -abs(strides[i])))
-    table["view_put"]._record((before, value), (base._data, target._data), base, wanted, {"chain": chain, "order": order})
+    put_op._record((before, value), (base._data, target._data), base, wanted, {"chain": chain, "order": order})
     if base._retains_grad:
         base._node.retain(base)  # type: ignore[union-attr]
 

@@ -121,7 +121,8 @@ class Walk:
                 if isinstance(parent, Node):
                     heappush(heap, (-parent.number, parent))
             if uses:
-                results = result = None  # what a leaf takes over, nobody else may hold
+                results = []  # what a leaf takes over, nobody else may hold
+                result = None
                 self._finish_used_up(node.parents)
         if not self.accumulate:  # else retain_grad() has kept them
             gradients.update(keep)
@@ -303,7 +304,9 @@ def _seed(root: Tensor | GradientEdge, gradient: Any, recorded: bool) -> Any:
     """The incoming gradient of a root: given, or 1 for a scalar."""
     if isinstance(root, GradientEdge):
         if not isinstance(gradient, Tensor):
-            raise AutogradError("A walk from a gradient edge needs the gradient that arrives there; pass grad_tensors=.")
+            raise AutogradError(
+                "A walk from a gradient edge needs the gradient that arrives there; pass grad_tensors=."
+            )
         return gradient if recorded else gradient._data
     data = root._data
     if not root._requires_grad:

@@ -169,7 +169,7 @@ class _Frame:
             raise CheckpointError(
                 f"The checkpointed function did not do the same when it ran again: saved tensor {holder.index} was "
                 f"{_written(holder.described)} in the forward pass and is {_written(_describe(tensor))} now. Make the "
-                'function depend on its arguments alone, or pass determinism_check="none" where the difference is meant.'
+                'function depend on its arguments alone, or pass determinism_check="none" where that is meant.'
             )
 
 
