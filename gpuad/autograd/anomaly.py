@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from gpuad.array.device import of_array
 from gpuad.autograd.modes import state
 from gpuad.autograd.node import Node, OutputNode, unwatch, watch
 from gpuad.errors import AnomalyError
@@ -56,13 +57,12 @@ def _bad(array: Any) -> str:
     """What an array has that is no number: "NaN", "inf" or nothing. Waits for the device."""
     if array.dtype.kind != "f":
         return ""
-    from gpuad.array.device import of_array
 
     backend = of_array(array).backend
     xp = backend.xp
-    if bool(backend.to_host(xp.isfinite(array).all())):
+    if bool(backend.to_host(xp.all(xp.isfinite(array)))):
         return ""
-    return "NaN" if bool(backend.to_host(xp.isnan(array).any())) else "inf"
+    return "NaN" if bool(backend.to_host(xp.any(xp.isnan(array)))) else "inf"
 
 
 def _seen(method: Callable) -> Callable:

@@ -96,6 +96,8 @@ class _Plan:
         return namespace["run"]
 
 
+_new = object.__new__
+
 # What a bare array is not: quicker to ask than what it is, as CuPy may not be there.
 _NO_ARRAYS = (Tensor, Expr, list, tuple, np.generic, type(None), *NUMBERS)
 
@@ -183,7 +185,8 @@ class Primitive(Op):
             outs = tuple([wrap(d, device) for d in data])
             out = outs[0]
         else:
-            outs = out = wrap(data, device)  # type: ignore[assignment]
+            outs = out = _new(Tensor)
+            out._data, out._device, out._requires_grad, out._node, out._grad = data, device, False, None, None
             if self.view:
                 source = inputs[0]
                 cell = out._cell = source._cell
@@ -193,9 +196,10 @@ class Primitive(Op):
                     out._view = (self, source, params)
                     if source._node is not None or not source._requires_grad:  # others cannot be changed in place
                         cell.append(ref(out))
-                        count = len(cell)
-                        if count > 64 and not count & (count - 1):
+                        if len(cell) > 64:
                             prune(cell)
+            else:
+                out._cell, out._view = [0], None
         if wanted and state.enabled and self.rules and out._data.dtype.kind == "f":
             self._record(inputs, arrays, out, wanted, params)
         return outs

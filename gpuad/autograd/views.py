@@ -90,5 +90,7 @@ def _refresh(base: Tensor) -> None:
 
 
 def prune(cell: list[Any]) -> None:
-    """Forget the views that are gone."""
-    cell[1:] = [reference for reference in cell[1:] if reference() is not None]
+    """Forget the views that are gone, each time that the list has doubled."""
+    count = len(cell)
+    if not count & (count - 1):
+        cell[1:] = [reference for reference in cell[1:] if reference() is not None]
