@@ -185,7 +185,7 @@ class Primitive(Op):
             outs = tuple([wrap(d, device) for d in data])
             out = outs[0]
         else:
-            outs = out = _new(Tensor)
+            outs = out = _new(Tensor)  # type: ignore[assignment]
             out._data, out._device, out._requires_grad, out._node, out._grad = data, device, False, None, None
             if self.view:
                 source = inputs[0]

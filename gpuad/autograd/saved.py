@@ -1,6 +1,6 @@
 """Saved-tensor hooks: what nodes keep for their rules goes through `pack` when saved and `unpack` when read.
 
-While a thread is inside saved_tensors_hooks, every new node is looked at (node.watch) and becomes a PackedNode: its
+While a thread is inside saved_tensors_hooks, every new node is looked at (node.watch) and becomes a packed one: its
 saved arrays are what `pack` returned. Outside nothing is different and nothing is asked.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from gpuad.array.device import of_array
@@ -47,14 +48,17 @@ class Packed:
         return result._data
 
 
-class PackedNode(Node):
-    """A node whose saved arrays are packed; changes in place are noticed where pack returned the tensors themselves."""
+@cache
+def _packed(kind: type[Node]) -> type[Node]:
+    """The class of nodes of a kind whose saved arrays are packed.
 
-    __slots__ = ()
+    Changes in place are noticed where pack returned the tensors themselves.
+    """
 
-    def check(self) -> tuple[Any, ...]:
-        """The saved values, unpacked."""
-        return tuple([s.array() if type(s) is Packed else s for s in super().check()])
+    def check(self: Node) -> tuple[Any, ...]:
+        return tuple([s.array() if type(s) is Packed else s for s in kind.check(self)])
+
+    return type(f"Packed{kind.__name__}", (kind,), {"__slots__": (), "check": check})
 
 
 def _pack(node: Node) -> None:
@@ -82,7 +86,7 @@ def _pack(node: Node) -> None:
     node.saved = tuple(saved)
     if not same:
         node.cells, node.version = (), 0
-    node.__class__ = PackedNode
+    node.__class__ = _packed(type(node))  # type: ignore[arg-type]
 
 
 class saved_tensors_hooks:  # noqa: N801  (PyTorch's name)
