@@ -23,6 +23,10 @@ class AutogradError(GpuadError, RuntimeError):
     """The graph cannot be walked: freed, changed in place, or never recorded."""
 
 
+class AnomalyError(AutogradError):
+    """A gradient is not finite; raised inside detect_anomaly."""
+
+
 class FormulaError(GpuadError, TypeError):
     """A function cannot be traced as an elementwise formula."""
 

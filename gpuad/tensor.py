@@ -26,21 +26,21 @@ class Tensor:
     in the default dtype. Subclasses (nn.Parameter) share its layout.
     """
 
-    __slots__ = ("_data", "_device", "_requires_grad", "_node", "_grad", "_cell", "__dict__", "__weakref__")
+    __slots__ = ("_data", "_device", "_requires_grad", "_node", "_grad", "_cell", "_view", "__dict__", "__weakref__")
 
     _data: Any  # the bare array
     _device: Device
     _requires_grad: bool
     _node: Node | None  # what computed it; None for leaves
     _grad: Tensor | None
-    _cell: list[int]  # [version], one list for a tensor and all its views
+    _cell: list[Any]  # [version, weak references to views…], one list for a tensor and all its views
+    _view: Any  # (view operation, tensor that it is a view of, parameters), None where it is no view
 
     # Rare attributes live in the instance __dict__, made on first use.
     _hooks: Any = None
     _retains_grad = False
     _post_hooks: Any = None
     _grad_buffer: Tensor | None = None  # where zero_grad left the buffer for the next backward
-    _view_of: Tensor | None = None  # the tensor whose memory a differentiable view shares
     name: str | None = None
 
     # NumPy must ask us first in `array + tensor`.
@@ -261,7 +261,9 @@ class Tensor:
         return self.data
 
     def detach_(self) -> Tensor:
-        """Take this tensor out of the graph, in place."""
+        """Take this tensor out of the graph, in place; a view cannot be: it would still share what is on the tape."""
+        if self._view is not None and self._requires_grad:
+            raise AutogradError("A view cannot be detached in place; use x = x.detach(), or detach its base.")
         self._node, self._requires_grad = None, False
         return self
 
@@ -307,6 +309,6 @@ def wrap(array: Any, device: Device | None = None, cls: type[Tensor] = Tensor) -
     made._data = array
     made._device = of_array(array) if device is None else device
     made._requires_grad = False
-    made._node = made._grad = None
+    made._node = made._grad = made._view = None
     made._cell = [0]
     return made

@@ -11,7 +11,7 @@ import gpuad
 from gpuad import Tensor
 from gpuad.autograd.zero_grad import zero_grad
 
-from .hooks import RemovableHandle
+from .hooks import BackwardHooks, RemovableHandle
 from .members import BUFFER, MODULE, PARAMETER, Members
 from .parameter import Parameter
 from .state import IncompatibleKeys, load_state_dict, state_dict
@@ -37,6 +37,8 @@ class Module:
         state["_non_persistent"] = set()
         state["_forward_pre_hooks"] = {}
         state["_forward_hooks"] = {}
+        state["_backward_pre_hooks"] = {}
+        state["_backward_hooks"] = {}
 
     # ------------------------------------------------------------------ calling
 
@@ -45,7 +47,7 @@ class Module:
         raise NotImplementedError(f'Module [{type(self).__name__}] is missing the required "forward" function')
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._forward_hooks or self._forward_pre_hooks:
+        if self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks:
             return self._call_with_hooks(args, kwargs)
         return self.forward(*args, **kwargs)
 
@@ -63,12 +65,16 @@ class Module:
                     "a forward pre-hook with kwargs must return None or a tuple (new args, new kwargs), "
                     f"got {changed!r}"
                 )
+        boundary = None
+        if gpuad.is_grad_enabled() and (self._backward_hooks or self._backward_pre_hooks):
+            boundary = BackwardHooks(self, [*self._backward_pre_hooks.values()], [*self._backward_hooks.values()])
+            args = boundary.enter(args)
         result = self.forward(*args, **kwargs)
         for hook, with_kwargs in list(self._forward_hooks.values()):
             changed = hook(self, args, kwargs, result) if with_kwargs else hook(self, args, result)
             if changed is not None:
                 result = changed
-        return result
+        return result if boundary is None else boundary.leave(result)
 
     def register_forward_pre_hook(
         self, hook: Callable[..., Any], *, prepend: bool = False, with_kwargs: bool = False
@@ -81,6 +87,23 @@ class Module:
     ) -> RemovableHandle:
         """Call `hook(module, args, output)` after every forward; what it returns, if not None, replaces the output."""
         return RemovableHandle(self._forward_hooks, (hook, with_kwargs), prepend)
+
+    def register_full_backward_pre_hook(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
+        """Call `hook(module, grad_output)` in backward, before the gradient goes through the module.
+
+        grad_output is a tuple, one entry for each output, None where it takes no gradient; a tuple (or, of one, a
+        Tensor) that the hook returns takes its place. Outputs must not be changed in place.
+        """
+        return RemovableHandle(self._backward_pre_hooks, hook, prepend)
+
+    def register_full_backward_hook(self, hook: Callable[..., Any], prepend: bool = False) -> RemovableHandle:
+        """Call `hook(module, grad_input, grad_output)` in backward, when the gradients of the inputs are there.
+
+        grad_input is a tuple, one entry for each positional argument, None for those that take no gradient; a tuple
+        that the hook returns takes its place. Where no argument requires grad, the hook is called when grad_output is
+        there. Arguments and outputs must not be changed in place.
+        """
+        return RemovableHandle(self._backward_hooks, hook, prepend)
 
     # ------------------------------------------------------------------ registration
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import gpuad
 from gpuad import Tensor
+from gpuad.autograd.graph import RemovableHandle
 from gpuad.autograd.zero_grad import zero_grad
 from gpuad.kernels.update import UpdateRule
 from gpuad.update import Updater
@@ -158,11 +159,11 @@ class Optimizer:
 
     def register_step_pre_hook(self, hook: Callable) -> Any:
         """Call hook(optimizer, args, kwargs) before each step; returns a handle with remove()."""
-        return _register(self._before_step, hook)
+        return RemovableHandle(self._before_step, hook)
 
     def register_step_post_hook(self, hook: Callable) -> Any:
         """Call hook(optimizer, args, kwargs) after each step; returns a handle with remove()."""
-        return _register(self._after_step, hook)
+        return RemovableHandle(self._after_step, hook)
 
     # State ------------------------------------------------------------------------------------------------------------
 
@@ -228,21 +229,6 @@ class Optimizer:
         with gpuad.no_grad():
             dtype = p.dtype if value.is_floating_point() and p.is_floating_point() else value.dtype
             return value.detach().to(p.device, dtype, copy=True)
-
-
-class _Handle:
-    def __init__(self, hooks: dict[int, Callable], key: int) -> None:
-        self._hooks, self._key = hooks, key
-
-    def remove(self) -> None:
-        """Take the hook out; harmless when it is out already."""
-        self._hooks.pop(self._key, None)
-
-
-def _register(hooks: dict[int, Callable], hook: Callable) -> _Handle:
-    key = max(hooks, default=0) + 1
-    hooks[key] = hook
-    return _Handle(hooks, key)
 
 
 def check_not_negative(**values: Any) -> None:

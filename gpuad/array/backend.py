@@ -86,6 +86,17 @@ class Backend:
         """The array as a numpy.ndarray; waits for the device, which is counted (see gpuad.cuda)."""
         raise NotImplementedError
 
+    def offload(self, array: Any, pinned: bool) -> Any:
+        """The array on the host, until restore() brings it back; with `pinned` neither of them waits.
+
+        The array itself where it lies on the host.
+        """
+        return array
+
+    def restore(self, host: Any) -> Any:
+        """An array here again of what offload() gave."""
+        return host
+
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
         """An array with any contents."""
         return self.xp.empty(shape, dtype)

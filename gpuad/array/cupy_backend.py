@@ -103,6 +103,7 @@ class CupyBackend(Backend):
         self._current_index = cupy.cuda.runtime.getDevice
         self._ones: dict[np.dtype, Any] = {}
         self._fault = _Fault(device)
+        self._restoring: list[tuple[np.ndarray, Any]] = []
 
     # The current device -----------------------------------------------------------------------------------------------
 
@@ -185,6 +186,28 @@ class CupyBackend(Backend):
         host = array.get()
         self._fault.check()
         return host
+
+    @_here
+    def offload(self, array: Any, pinned: bool) -> Any:
+        if not pinned or not array.size:
+            return self.to_host(array)
+        memory = cupy.cuda.alloc_pinned_memory(array.nbytes)
+        host = np.frombuffer(memory, array.dtype, array.size).reshape(array.shape)
+        cupy.ascontiguousarray(array).get(out=host, blocking=False)
+        return _Offloaded(host, cupy.cuda.get_current_stream().record(cupy.cuda.Event(disable_timing=True)))
+
+    @_here
+    def restore(self, host: Any) -> Any:
+        if not isinstance(host, _Offloaded):
+            return self.receive(host)
+        stream = cupy.cuda.get_current_stream()
+        stream.wait_event(host.copied)
+        made = cupy.empty(host.array.shape, host.array.dtype)
+        made.set(host.array)
+        # The pinned memory may not be used again before it was read.
+        self._restoring = [(each, read) for each, read in self._restoring if not read.done]
+        self._restoring.append((host.array, stream.record(cupy.cuda.Event(disable_timing=True))))
+        return made
 
     @_here
     def synchronize(self) -> None:
@@ -423,6 +446,13 @@ def _bound(backend: CupyBackend, function: Callable, name: str) -> Callable:
         return call(backend, *arguments, **named)
 
     return run
+
+
+class _Offloaded:
+    """An array in pinned memory, and the event after which it is there."""
+
+    def __init__(self, array: np.ndarray, copied: Any) -> None:
+        self.array, self.copied = array, copied
 
 
 class _Grid:

@@ -1,7 +1,10 @@
 """Automatic differentiation: the tape, the reverse walk, forward mode, grad modes, custom functions, checks."""
 
 from gpuad.autograd import autocast as _autocast  # noqa: F401  (puts the dispatch of operands in place)
+from gpuad.autograd import graph
 from gpuad.autograd import live as _live  # noqa: F401  (tells gpuad.array.memory what is alive)
+from gpuad.autograd.anomaly import detect_anomaly, set_detect_anomaly, settings
+from gpuad.autograd.elementwise import Elementwise
 from gpuad.autograd.forward import jvp as _jvp  # noqa: F401  (puts forward mode in place)
 from gpuad.autograd.function import Function
 from gpuad.autograd.modes import (
@@ -12,9 +15,13 @@ from gpuad.autograd.modes import (
     set_grad_enabled,
 )
 from gpuad.autograd.node import Node
+from gpuad.autograd.primitive import Primitive
+from gpuad.autograd.reduced import Reduced
 from gpuad.autograd.walk import backward, grad
 
 __all__ = [
-    "Function", "Node", "backward", "enable_grad", "grad", "inference_mode", "is_grad_enabled", "no_grad",
-    "set_grad_enabled",
+    "Function", "Node", "backward", "detect_anomaly", "enable_grad", "grad", "graph", "inference_mode",
+    "is_grad_enabled", "no_grad", "set_detect_anomaly", "set_grad_enabled",
 ]  # fmt: skip
+
+settings.classes.extend([Elementwise, Primitive, Reduced])

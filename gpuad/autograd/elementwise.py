@@ -24,6 +24,7 @@ from gpuad.autograd.op import (
     promoted_dtype,
     writable,
 )
+from gpuad.autograd.views import moved
 from gpuad.errors import DtypeError, FormulaError
 from gpuad.kernels.expr import Expr, as_expr, substitute
 from gpuad.kernels.formula import Derivative, Formula, trace
@@ -158,7 +159,7 @@ class Elementwise(Op):
         dtype = arguments[0].dtype
         array = device.backend.elementwise(self.formula, arguments, dtype)
         out = _new(Tensor)
-        out._data, out._device, out._node, out._grad = array, device, None, None
+        out._data, out._device, out._node, out._grad, out._view = array, device, None, None, None
         cell = out._cell = [0]
         if x._requires_grad and state.enabled and self.differentiable:
             plan = self._plans.get(_FIRST) or self.plan(_FIRST)
@@ -185,7 +186,7 @@ class Elementwise(Op):
         device = x._device
         array = device.backend.elementwise(self.formula, (a, b), a.dtype)
         out = _new(Tensor)
-        out._data, out._device, out._node, out._grad = array, device, None, None
+        out._data, out._device, out._node, out._grad, out._view = array, device, None, None, None
         cell = out._cell = [0]
         out._requires_grad = False
         if (x._requires_grad or y._requires_grad) and state.enabled and self.differentiable:
@@ -495,6 +496,7 @@ class Elementwise(Op):
         target._cell[0] += 1
         if recording:
             self._record(recorded, kept, [target], dtype, device, [data])
+            moved(target)
         return target
 
 

@@ -68,6 +68,28 @@ class Level:
         counted(-1)
 
 
+class Reopened:
+    """A context in which the levels that were open at a `depth()` are open again, for what ran there to run again."""
+
+    def __init__(self, depth: int) -> None:
+        self._depth = depth
+
+    def __enter__(self) -> None:
+        with _counting:
+            Interpreters.active += 1
+        self._before, _levels.depth = _levels.depth, self._depth
+
+    def __exit__(self, *exc: object) -> None:
+        _levels.depth = self._before
+        with _counting:
+            Interpreters.active -= 1
+
+
+def depth() -> int:
+    """How many levels are open in this thread."""
+    return _levels.depth
+
+
 def unpack(x: Any, level: int) -> tuple[Any, Any]:
     """(primal, tangent) of x at `level`; the tangent is None where x does not depend on that level's inputs."""
     if isinstance(x, Dual) and x.level == level:
@@ -88,7 +110,7 @@ def apply(op: Op, inputs: Sequence[Any], params: dict) -> Any:
         return value
     made = make_dual(value, tangent, level)
     if getattr(op, "view", False):
-        made._view_of = inputs[0]
+        made._view = (op, inputs[0], params)
     return made
 
 
@@ -96,7 +118,7 @@ def write(name: str, target: Tensor, result: Tensor) -> Tensor:
     """An operation in place on duals: the target takes over what the operation gave out of place."""
     recording = state.enabled and result._requires_grad
     check_in_place(name, target, result._data.dtype, result._data.shape, recording)
-    if not isinstance(target, Dual) or not isinstance(result, Dual) or target._view_of is not None:
+    if not isinstance(target, Dual) or not isinstance(result, Dual) or target._view is not None:
         raise AutogradError(
             f"{name}_ would store a tangent of forward mode in a tensor that has none of its own (a view, or a tensor "
             "from outside). Use the operation out of place."

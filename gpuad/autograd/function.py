@@ -119,6 +119,7 @@ def _fresh(result: Any, args: Any) -> Any:
     made = wrap(result._data, result._device)
     if any(result is a for a in args):
         made._cell = result._cell
+        made._view = (None, result, "function")
     return made
 
 

@@ -14,6 +14,7 @@ class _State(threading.local):
     enabled = True
     inference = False
     autocast: Any = None  # what gpuad.autocast does here; see gpuad/autograd/autocast.py
+    walk: Any = None  # the reverse pass that is under way
 
 
 state = _State()

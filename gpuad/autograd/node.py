@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from gpuad.autograd.hooks import NodeHooks, RemovableHandle, hooks_of
 from gpuad.errors import AutogradError
 from gpuad.tensor import Tensor, wrap
 
@@ -26,7 +28,7 @@ class Node:
     A node never points at its output tensors: no cycles, memory returns by reference counting alone.
     """
 
-    __slots__ = ("op", "parents", "saved", "cells", "version", "info", "device", "number", "hooks", "retained",
+    __slots__ = ("op", "parents", "saved", "cells", "version", "info", "device", "number", "hooks", "_metadata",
                  "__weakref__")  # fmt: skip
 
     op: Op
@@ -37,8 +39,7 @@ class Node:
     info: Any
     device: Device
     number: int
-    hooks: list[Callable] | None
-    retained: weakref.ref[Tensor] | None
+    hooks: NodeHooks | None
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class Node:
         self.info = info
         self.device = device
         self.number = next(_numbers)
-        self.hooks = self.retained = None
+        self.hooks = None
 
     def __repr__(self) -> str:
         return f"<{self.op.name} node {self.number}>"
@@ -69,18 +70,34 @@ class Node:
 
     @property
     def next_functions(self) -> tuple:
-        """(parent, 0) for each input, as in PyTorch; leaves stand for themselves."""
-        return tuple((p, 0) for p in self.parents)
+        """(parent, number of its output) for each input, as in PyTorch; leaves stand for themselves."""
+        parents = self.parents[0].parents if isinstance(self, OutputNode) else self.parents  # type: ignore[union-attr]
+        return tuple((p.parents[0], p.index) if isinstance(p, OutputNode) else (p, 0) for p in parents)
+
+    @property
+    def metadata(self) -> dict:
+        """A dictionary for notes about this node; anomaly detection leaves "traceback" and "parent" here."""
+        try:
+            return self._metadata
+        except AttributeError:
+            self._metadata: dict = {}
+            return self._metadata
+
+    def register_hook(self, fn: Callable) -> RemovableHandle:
+        """Call `fn(grad_inputs, grad_outputs)` after this node's rule has run; returns a handle with remove().
+
+        Both are tuples, one entry for each input and each output, None where there is no gradient. A tuple that fn
+        returns takes the place of grad_inputs.
+        """
+        return RemovableHandle(hooks_of(self).after, fn)
+
+    def register_prehook(self, fn: Callable) -> RemovableHandle:
+        """Call `fn(grad_outputs)` before this node's rule runs; a tuple that it returns takes their place."""
+        return RemovableHandle(hooks_of(self).before, fn)
 
     def retain(self, tensor: Tensor) -> None:
-        """Leave the gradient of this node's output in tensor.grad at the next backward."""
-        self.retained = weakref.ref(tensor)
-
-    def add_hook(self, hook: Callable) -> None:
-        """Call `hook(gradient)` on the gradient of this node's output; what it returns takes its place."""
-        if self.hooks is None:
-            self.hooks = []
-        self.hooks.append(hook)
+        """Leave the gradient of this node's output in tensor.grad at every backward."""
+        hooks_of(self).retained = weakref.ref(tensor)
 
     def free(self) -> None:
         """Let go of what was saved."""
@@ -120,6 +137,35 @@ class Node:
         return made
 
 
+_made = Node.__init__
+_watching = threading.Lock()
+_watchers: list[Callable[[Node], None]] = []
+
+
+def _made_and_seen(self: Node, *args: Any) -> None:
+    _made(self, *args)
+    for watcher in _watchers:
+        watcher(self)
+
+
+def watch(watcher: Callable[[Node], None]) -> None:
+    """Call `watcher(node)` for every node that any thread makes, until unwatch(); free while nobody watches."""
+    global _watchers
+    with _watching:
+        _watchers = [*_watchers, watcher]
+        Node.__init__ = _made_and_seen  # type: ignore[method-assign, assignment]
+
+
+def unwatch(watcher: Callable[[Node], None]) -> None:
+    """End one watch()."""
+    global _watchers
+    with _watching:
+        _watchers = list(_watchers)
+        _watchers.remove(watcher)
+        if not _watchers:
+            Node.__init__ = _made  # type: ignore[method-assign]
+
+
 # What an op returns for a gradient that it wrote into the leaf's buffer.
 WRITTEN = object()
 
@@ -133,6 +179,19 @@ class OutputNode(Node):
     def __init__(self, of: Node, index: int) -> None:
         super().__init__(of.op, (of,), (), (), 0, None, of.device)
         self.index = index
+
+    @property
+    def metadata(self) -> dict:
+        """That of the operation."""
+        return self.parents[0].metadata  # type: ignore[union-attr]
+
+    def register_hook(self, fn: Callable) -> RemovableHandle:
+        """On the operation: grad_outputs has an entry for each of its outputs."""
+        return self.parents[0].register_hook(fn)  # type: ignore[union-attr]
+
+    def register_prehook(self, fn: Callable) -> RemovableHandle:
+        """On the operation: grad_outputs has an entry for each of its outputs."""
+        return self.parents[0].register_prehook(fn)  # type: ignore[union-attr]
 
 
 class _Alias:

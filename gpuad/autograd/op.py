@@ -219,11 +219,8 @@ def check_in_place(name: str, target: Tensor, dtype: np.dtype, shape: tuple[int,
             f"{name}_ would change a leaf that requires grad in place, and its gradient would be that of another "
             f"value. Do it inside `with gpuad.no_grad():`, or out of place."
         )
-    if recording and target._view_of is not None:
-        raise AutogradError(
-            f"{name}_ would change a view of a tensor on the tape in place. Write through the tensor itself "
-            "(x[index] = value is recorded), use the operation out of place, or clone() the view first."
-        )
+    if recording and target._view is not None:
+        _check_view(name, target)
     if not dtypes.can_cast(dtype, target._data.dtype):
         raise DtypeError(
             f"{name}_ computes {dtype}, which cannot be stored in a {target.dtype} tensor without loss of kind; "
@@ -233,6 +230,34 @@ def check_in_place(name: str, target: Tensor, dtype: np.dtype, shape: tuple[int,
         raise ShapeError(
             f"{name}_ computes shape {tuple(shape)}, which does not fit the tensor of shape {tuple(target.shape)} "
             "it is to be stored in; in place, only the other operands broadcast."
+        )
+
+
+def _check_view(name: str, target: Tensor) -> None:
+    """Whether a view can be changed in place and the tensor it is a view of follow on the tape."""
+    base = target
+    while base._view is not None and base._view[1]._cell is target._cell:
+        op, base, how = base._view
+        if op is None and how == "no_grad":
+            raise AutogradError(
+                f"{name}_ would change a view that was made inside no_grad() in place, while recording: its gradient "
+                "could not reach the tensor it is a view of. Make the view outside no_grad(), write inside it, or "
+                "clone() the view first."
+            )
+        if op is None:
+            raise AutogradError(
+                f"{name}_ would change what a Function returned in place, and it is one of the Function's arguments. "
+                "Return a clone() from forward, or use the operation out of place."
+            )
+        if op.name == "expand":
+            raise ShapeError(
+                f"{name}_ would change a view of an expanded tensor in place, whose elements share memory; clone() "
+                "it first."
+            )
+    if base is not target and base._requires_grad and base._node is None:
+        raise AutogradError(
+            f"{name}_ would change a view of a leaf that requires grad in place, and the leaf's gradient would be that "
+            "of another value. Do it inside `with gpuad.no_grad():`, or use the operation out of place."
         )
 
 

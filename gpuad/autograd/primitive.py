@@ -18,6 +18,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import ref
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from gpuad.array.device import of_array
 from gpuad.autograd.modes import state
 from gpuad.autograd.node import WRITTEN, Node
 from gpuad.autograd.op import NUMBERS, Interpreters, Op, as_operand, check_devices
+from gpuad.autograd.views import prune
 from gpuad.errors import FormulaError
 from gpuad.kernels.expr import Expr
 from gpuad.tensor import Tensor, wrap
@@ -93,6 +95,8 @@ class _Plan:
         exec(compile("\n    ".join(lines), f"<gradient of {op.name}>", "exec"), namespace)
         return namespace["run"]
 
+
+_new = object.__new__
 
 # What a bare array is not: quicker to ask than what it is, as CuPy may not be there.
 _NO_ARRAYS = (Tensor, Expr, list, tuple, np.generic, type(None), *NUMBERS)
@@ -186,9 +190,21 @@ class Primitive(Op):
             outs = tuple([wrap(d, device) for d in data])
             out = outs[0]
         else:
-            outs = out = wrap(data, device)  # type: ignore[assignment]
+            outs = out = _new(Tensor)  # type: ignore[assignment]
+            out._data, out._device, out._requires_grad, out._node, out._grad = data, device, False, None, None
             if self.view:
-                out._cell = inputs[0]._cell
+                source = inputs[0]
+                cell = out._cell = source._cell
+                if not state.enabled:
+                    out._view = (None, source, "no_grad")
+                else:
+                    out._view = (self, source, params)
+                    if source._node is not None or not source._requires_grad:  # others cannot be changed in place
+                        cell.append(ref(out))
+                        if len(cell) > 64:
+                            prune(cell)
+            else:
+                out._cell, out._view = [0], None
         if wanted and state.enabled and self.rules and out._data.dtype.kind == "f":
             self._record(inputs, arrays, out, wanted, params)
         return outs
@@ -224,8 +240,6 @@ class Primitive(Op):
             known = params
         out._node = Node(self, tuple(parents), tuple(saved), tuple(cells), version, (plan, known), out._device)
         out._requires_grad = True
-        if self.view:
-            out._view_of = inputs[0]
 
     # Reverse mode -----------------------------------------------------------------------------------------------------
 

@@ -45,20 +45,15 @@ def to(input: Tensor, *args: Any, dtype: Any = None, device: Any = None, non_blo
        copy: bool = False) -> Tensor:  # fmt: skip
     """The tensor in another dtype and/or on another device; itself where nothing changes and copy is False.
 
-    to(dtype), to(device), to(device, dtype), to(other). Differentiable: the gradient goes back to where and what it
-    came from.
+    to(dtype, non_blocking=False, copy=False), to(device=None, dtype=None, non_blocking=False, copy=False),
+    to(other, non_blocking=False, copy=False). Differentiable: the gradient goes back to where and what it came from.
+    non_blocking: copies between devices and to a device never wait, those to the host always do, whatever it says.
+    Errors: TypeError for other arguments.
     """
-    for arg in args:
-        if isinstance(arg, Tensor):
-            device, dtype = arg._device, arg._data.dtype
-        elif arg is None or isinstance(arg, bool):  # a bool is non_blocking, which changes nothing here
-            continue
-        elif isinstance(arg, Device) or (isinstance(arg, str) and arg.partition(":")[0] in ("cpu", "cuda")):
-            device = arg
-        elif isinstance(arg, int):
-            device = f"cuda:{arg}"
-        else:
-            dtype = arg
+    if args:
+        device, dtype, copy = _positional(args, device, dtype, copy)
+    if isinstance(device, int):
+        device = f"cuda:{device}"
     wanted = input._data.dtype if dtype is None else dtypes.as_dtype(dtype)
     place = input._device if device is None else as_device(device)
     out = input
@@ -67,6 +62,39 @@ def to(input: Tensor, *args: Any, dtype: Any = None, device: Any = None, non_blo
     if place is not input._device:
         out = move(out, device=place, source=input._device)
     return out.clone() if copy and out is input else out
+
+
+def _positional(args: tuple, device: Any, dtype: Any, copy: bool) -> tuple[Any, Any, bool]:
+    """(device, dtype, copy) of the positional arguments of to(); the first says which of its forms it is."""
+    first, rest = args[0], args[1:]
+    if isinstance(first, Tensor):
+        found: dict[str, Any] = {"device": first._device, "dtype": first._data.dtype}
+    elif first is None or _names_device(first):
+        found = {"device": first}
+        if rest:
+            found["dtype"], rest = rest[0], rest[1:]
+    else:
+        found = {"dtype": first}
+    given = {"device": device, "dtype": dtype}
+    twice = [name for name in found if found[name] is not None and given[name] is not None]
+    wrong = found.get("dtype")
+    if (
+        twice or len(rest) > 2 or not all(isinstance(flag, bool) for flag in rest)
+        or isinstance(wrong, bool) or (wrong is not None and _names_device(wrong))
+    ):  # fmt: skip
+        raise TypeError(
+            f"to() got {', '.join(repr(a) if not isinstance(a, Tensor) else 'a Tensor' for a in args)}"
+            + (f" and {twice[0]}= besides" if twice else "")
+            + "; it takes to(dtype, non_blocking, copy), to(device, dtype, non_blocking, copy) or "
+            "to(other, non_blocking, copy), the last two True or False."
+        )
+    return found.get("device", device), found.get("dtype", dtype), rest[1] if len(rest) == 2 else copy
+
+
+def _names_device(x: Any) -> bool:
+    if isinstance(x, str):
+        return x.partition(":")[0] in ("cpu", "cuda")
+    return isinstance(x, Device) or (isinstance(x, int) and not isinstance(x, bool))
 
 
 @function

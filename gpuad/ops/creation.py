@@ -396,6 +396,10 @@ def _fill_method(draw: Any) -> Any:
 
         recording = state.enabled and self._requires_grad
         check_in_place(draw.__name__, self, self._data.dtype, self._data.shape, recording)
+        if recording:  # what was there before no longer counts
+            drawn = draw(generator, self._data.shape, self._data.dtype, a, b, self._device.index)
+            self[...] = wrap(drawn, self._device)
+            return self
         draw(generator, self._data.shape, self._data.dtype, a, b, self._device.index, out=self._data)
         self._cell[0] += 1
         return self

@@ -9,6 +9,7 @@ import numpy as np
 from gpuad.autograd.modes import state
 from gpuad.autograd.op import NUMBERS, Interpreters, check_devices, check_in_place, function, writable
 from gpuad.autograd.primitive import Primitive, linear, primitive
+from gpuad.autograd.views import moved
 from gpuad.errors import DtypeError, ShapeError
 from gpuad.ops.reduction import Extreme, axis_of, sum_to_size
 from gpuad.ops.samples import Array, S
@@ -53,7 +54,9 @@ def _array_key(key: Any, input: Tensor) -> tuple[tuple, bool]:
 
 
 def _read(backend: Any, input: Any, *, key: Any) -> Any:
-    return backend.xp.asarray(input[key])
+    found = input[key]
+    # NumPy reads a single element as a number, which is no view of it.
+    return found if isinstance(found, backend.array_type) else input[(*key, Ellipsis)]
 
 
 def _scatter_add(backend: Any, input: Any, *, shape: tuple[int, ...], key: Any, basic: bool) -> Any:
@@ -221,6 +224,7 @@ def setitem(self: Tensor, key: Any, value: Any) -> None:
         wanted = tuple(i for i, x in enumerate((before, operand)) if x is not None and x._requires_grad)
         params = {"key": found, "basic": basic}
         index_put_._record((before, operand), (data, None if operand is None else array), self, wanted, params)
+        moved(self)
 
 
 Tensor.__getitem__ = getitem  # type: ignore[method-assign]

@@ -51,7 +51,7 @@ class LinearOp(Primitive):
         saved = dict(zip(plan.names, node.check(), strict=True))
         x, weight, bias = node.parents
         result: list[Any] = [None, None, None]
-        total = walk.sums.pop(id(gradient), None)
+        total = walk.sum_of(node, gradient)
         if x is not None:
             result[0] = _input_gradient(backend, gradient, saved["weight"], x, walk)
         if weight is not None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from gpuad.autograd.op import check_devices, describe, function
 from gpuad.autograd.primitive import Primitive, linear, primitive
+from gpuad.autograd.views import follow, put
 from gpuad.errors import ShapeError
 from gpuad.ops.reduction import axis_of, sum_to_size
 from gpuad.ops.samples import S
@@ -66,7 +67,7 @@ def reshape(input: Any, *shape: Any) -> Any:
     out = reshape_(input, shape=size)
     if isinstance(input, Tensor) and not _shares(out._data, input._data):
         out._cell = [0]  # a copy: its version is its own
-        out._view_of = None
+        out._view = None
     return out
 
 
@@ -546,12 +547,20 @@ triu = _triangle("triu", "tril", "The part of matrices on and above a diagonal, 
 
 diagonal_ = primitive(
     "diagonal",
-    lambda backend, input, *, offset: backend.xp.diagonal(input, offset, -2, -1),
+    lambda backend, input, *, offset: _diagonal(backend, input, offset),
     vjp={"input": lambda g, input_shape, offset: diagonal_scatter_(g, shape=input_shape, offset=offset)},
     jvp=linear,
     samples=[(S((3, 4)), {"offset": 0}), (S((2, 3, 4)), {"offset": 1}), (S((4, 3)), {"offset": -2})],
     doc="The diagonal of matrices.",
+    view=True,
 )
+
+
+def _diagonal(backend: Any, input: Any, offset: int) -> Any:
+    """xp.diagonal, but writable in NumPy too."""
+    part = input[..., max(-offset, 0) :, max(offset, 0) :]
+    shape, strides = (*part.shape[:-2], min(part.shape[-2:])), part.strides
+    return backend.xp.lib.stride_tricks.as_strided(part, shape, (*strides[:-2], strides[-2] + strides[-1]))
 
 
 def _diagonal_scatter(backend: Any, input: Any, *, shape: tuple[int, ...], offset: int) -> Any:
@@ -570,8 +579,30 @@ diagonal_scatter_: Primitive = primitive(
 
 @function
 def diagonal(input: Any, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Any:
-    """The diagonal of the matrices in dimensions dim1 and dim2, as the last dimension: a copy."""
-    return clone(diagonal_(movedim(input, (dim1, dim2), (-2, -1)), offset=offset))
+    """The diagonal of the matrices in dimensions dim1 and dim2, as the last dimension: a view."""
+    return diagonal_(movedim(input, (dim1, dim2), (-2, -1)), offset=offset)
+
+
+# What a tensor becomes when one of its views is changed in place; see gpuad/autograd/views.py.
+view_put: Primitive = primitive(
+    "view_put",
+    put,
+    vjp={
+        "input": lambda g, chain, order: view_put(g, 0.0, chain=chain, order=order),
+        "value": lambda g, chain: follow(g, chain),
+    },
+    jvp={
+        "input": lambda t, chain, order: view_put(t, 0.0, chain=chain, order=order),
+        "value": lambda t, input_shape, chain, order: view_put(t.new_zeros(input_shape), t, chain=chain, order=order),
+    },
+    samples=[
+        (S((3, 4)), S((4,)), {"chain": (("slice", {"key": (1,)}),), "order": (0, 1)}),
+        (S((3, 4)), S((2,)), {"chain": (("permute", {"dims": (1, 0)}), ("reshape", {"shape": (12,)}),
+                                        ("slice", {"key": (slice(2, 8, 3),)})), "order": (1, 0)}),
+        (S(()), S((1,)), {"chain": (("reshape", {"shape": (1,)}),), "order": ()}),
+    ],
+    doc="The input with a value at a view of it: what a tensor becomes when one of its views is changed in place.",
+)  # fmt: skip
 
 
 @function
