@@ -314,3 +314,23 @@ def test_segments_are_checked(model, x):
             checkpoint_sequential(model, segments, x)
     model.eval()
     assert values_of(checkpoint_sequential([*model], 2, x)) == values_of(model(x))
+
+
+def test_the_second_run_is_under_the_autocast_of_the_first(device):
+    w = gpuad.randn(4, 4, device=device, requires_grad=True)
+    x = gpuad.randn(3, 4, device=device)
+    seen = []
+
+    def function(x):
+        y = x @ w
+        seen.append(y.dtype)
+        return y.tanh()
+
+    with gpuad.autocast(device.type):
+        plain = function(x).sum()
+        checked = checkpoint(function, x, use_reentrant=False).sum()
+    plain.backward()
+    expected, w.grad = w.grad, None
+    checked.backward()
+    assert seen == [gpuad.float16] * 3
+    assert bool((w.grad == expected).all())

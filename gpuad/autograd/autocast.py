@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,18 @@ def apply(op: Op, inputs: Sequence[Any], params: dict) -> Any:
 
 
 Interpreters.apply = staticmethod(apply)
+
+
+@contextmanager
+def resumed(region: Any) -> Iterator[None]:
+    """Be, inside, under the autocast that `state.autocast` named elsewhere: for what is computed again later."""
+    before, state.autocast = state.autocast, region
+    counted(1)
+    try:
+        yield
+    finally:
+        counted(-1)
+        state.autocast = before
 
 
 def widened(x: Tensor) -> Tensor:

@@ -156,6 +156,11 @@ def watch(watcher: Callable[[Node], None]) -> None:
         Node.__init__ = _made_and_seen  # type: ignore[method-assign, assignment]
 
 
+def watched() -> bool:
+    """Whether anybody watches: what is saved, and by whom, is then as if every operation ran by itself."""
+    return bool(_watchers)
+
+
 def unwatch(watcher: Callable[[Node], None]) -> None:
     """End one watch()."""
     global _watchers

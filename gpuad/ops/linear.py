@@ -17,7 +17,7 @@ import numpy as np
 from gpuad.array.device import of_array
 from gpuad.autograd.elementwise import Elementwise
 from gpuad.autograd.modes import state
-from gpuad.autograd.node import WRITTEN, Node
+from gpuad.autograd.node import WRITTEN, Node, watched
 from gpuad.autograd.op import Interpreters, Op, describe, function
 from gpuad.autograd.primitive import Primitive
 from gpuad.errors import DtypeError, ShapeError
@@ -208,7 +208,7 @@ def linear_activation(input: Any, weight: Any, bias: Any, activation: str) -> Te
 
     input: (*, in_features). weight: (out_features, in_features). bias: (out_features,) or None.
     """
-    if not isinstance(input, Tensor) or not input._device.backend.epilogues or Interpreters.active:
+    if not isinstance(input, Tensor) or not input._device.backend.epilogues or Interpreters.active or watched():
         return None
     x, w = input._data, weight._data
     for t in (weight,) if bias is None else (weight, bias):

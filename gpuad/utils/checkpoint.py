@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 from gpuad.array.random import default_generator
+from gpuad.autograd.autocast import resumed
 from gpuad.autograd.forward import Dual, Reopened, depth, make_dual
 from gpuad.autograd.modes import enable_grad, is_grad_enabled, state
 from gpuad.autograd.node import Node
@@ -101,6 +102,7 @@ class _Frame:
         self.arguments = _mapped(_kept, (args, kwargs))
         self.random = default_generator.get_state() if preserve_rng_state else None
         self.depth = depth()
+        self.autocast = state.autocast
         self.check = check
         self.holders: list[weakref.ref[_Holder]] = []
         self.values: dict[int, Any] = {}
@@ -151,7 +153,13 @@ class _Frame:
         if self.random is not None:
             default_generator.set_state(self.random)
         try:
-            with Reopened(self.depth) if self.depth else nullcontext(), enable_grad(), saved_tensors_hooks(pack, _same):
+            with ExitStack() as contexts:
+                if self.depth:
+                    contexts.enter_context(Reopened(self.depth))
+                if self.autocast is not None:
+                    contexts.enter_context(resumed(self.autocast))
+                contexts.enter_context(enable_grad())
+                contexts.enter_context(saved_tensors_hooks(pack, _same))
                 self.function(*args, **kwargs)
         except _Stop:
             return
