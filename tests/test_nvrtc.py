@@ -65,7 +65,15 @@ def test_every_generated_kernel_compiles(compile, cuda_device, tmp_path):
     assert {"float16", "float32", "float64"} <= dtypes
     assert {"forward", "vjp", "jvp", "step"} <= orders
     sources = [unit["source"] for unit in units]
-    for kind in ("CIndexer", "#define REDUCE", "gpuad_update_", "gpuad_draw", "gpuad_philox", "row"):
+    for kind in (
+        "CIndexer",
+        "#define REDUCE",
+        "gpuad_update_",
+        "gpuad_draw",
+        "gpuad_set_random_state",
+        "gpuad_check_index",
+        "row",
+    ):
         assert any(kind in source for source in sources), f"no source with {kind}"
 
     result = compile(file)

@@ -148,6 +148,14 @@ def draws() -> None:
     for draw in DRAWS:
         context[:] = ["random", str(draw), "draw"]
         run_draw(draw, random.Generator().manual_seed(1), (7,), 0)
+    generator = random.Generator().manual_seed(1)
+    context[:] = ["random", "captured", "draw"]
+    out = random.normal(generator, (7,), device=0)
+    with cupy.cuda.Stream(non_blocking=True) as stream, generator.capture(0) as captured:
+        stream.begin_capture()
+        random.normal(generator, out=out)
+        stream.end_capture()
+        captured.advance_base()
 
 
 def main() -> None:
