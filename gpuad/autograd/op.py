@@ -50,14 +50,15 @@ def function(
 
 
 class Interpreters:
-    """How many forward-mode levels are open; while none is, no operand can be a dual number."""
+    """How many levels of forward mode and vmap are open; while none is, no operand can have any."""
 
     active = 0
-    # forward.py puts its rules here: (op, inputs, params) -> result, (name, target, result) -> target, and
-    # (roots, targets, weights, create_graph) -> gradients.
+    # interpret.py puts its rules here: (op, inputs, params) -> result, (name, target, result) -> target,
+    # (roots, targets, weights, create_graph) -> gradients, and (make, shape, device) -> random numbers.
     apply: Callable[..., Any]
     write: Callable[..., Any]
     grad: Callable[..., Any]
+    draw: Callable[..., Any]
 
 
 class Op:
@@ -104,6 +105,10 @@ class Op:
     def tangent(self, inputs: Sequence[Any], tangents: Sequence[Tensor | None], params: dict) -> tuple[Any, Any]:
         """Forward mode: the value and its tangent."""
         raise NotImplementedError(f"{self.name} has no forward-mode rule yet.")
+
+    def batch(self, batch: Any, inputs: Sequence[Any], params: dict) -> Any:
+        """vmap: the output(s) of all examples, along the first dimension; see batching.py."""
+        raise NotImplementedError(f"{self.name} has no batching rule.")
 
 
 def describe(x: Any) -> str:
@@ -237,3 +242,8 @@ def writable(name: str, target: Tensor) -> Any:
 def new_tensor(array: Any, device: Device) -> Tensor:
     """A fresh Tensor around a result."""
     return wrap(array, device)
+
+
+def random_tensor(make: Callable[[tuple[int, ...]], Any], shape: tuple[int, ...], device: Device) -> Tensor:
+    """make(shape) as a Tensor; inside vmap, of each example its own where `randomness` says so."""
+    return Interpreters.draw(make, shape, device) if Interpreters.active else wrap(make(shape), device)

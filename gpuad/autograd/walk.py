@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from heapq import heappop, heappush
 from typing import Any
 
+from gpuad.autograd.levels import Level, Logical, expose, level_of, make_batched
 from gpuad.autograd.modes import state
 from gpuad.autograd.node import WRITTEN, Node, OutputNode
 from gpuad.autograd.op import Interpreters
@@ -188,6 +189,17 @@ def _backend(at: Any) -> Any:
     return (at._device if isinstance(at, Tensor) else at.device).backend
 
 
+def require_scalar(root: Tensor) -> None:
+    """That a gradient of 1 can be assumed for a root."""
+    data = root._data
+    if data.size != 1:
+        raise AutogradError(
+            f"backward() needs the gradient of a tensor with {data.size} elements (shape {tuple(data.shape)}); a "
+            "gradient of 1 is assumed for scalars only. Reduce it first, e.g. loss.sum().backward(), or pass "
+            "gradient=."
+        )
+
+
 def _seed(root: Tensor, gradient: Any, recorded: bool) -> Any:
     """The incoming gradient of a root: given, or 1 for a scalar."""
     data = root._data
@@ -197,12 +209,7 @@ def _seed(root: Tensor, gradient: Any, recorded: bool) -> Any:
             "x.requires_grad_() on an input first, and compute outside no_grad()."
         )
     if gradient is None:
-        if data.size != 1:
-            raise AutogradError(
-                f"backward() needs the gradient of a tensor with {data.size} elements (shape {tuple(data.shape)}); a "
-                "gradient of 1 is assumed for scalars only. Reduce it first, e.g. loss.sum().backward(), or pass "
-                "gradient=."
-            )
+        require_scalar(root)
         one = root._device.backend.ones_scalar(data.dtype)
         seed = one if data.shape == () else one.reshape(data.shape)
         return wrap(seed, root._device) if recorded else seed
@@ -255,6 +262,11 @@ def backward(
             if gradient is not None:
                 leaf._grad = gradient if leaf._grad is None else leaf._grad + gradient
         return
+    if Interpreters.active and any(isinstance(x._data, Logical) for x in roots):
+        raise AutogradError(
+            "backward() inside vmap would add the gradients of all examples to one .grad. Use gpuad.func.grad inside "
+            "vmap, which gives a gradient for each example, or call backward() outside."
+        )
     walk = Walk(create_graph, create_graph if retain_graph is None else retain_graph, True)
     seeds = [(_place(root), _seed(root, weight, create_graph)) for root, weight in zip(roots, weights)]
     enabled = state.enabled
@@ -283,24 +295,29 @@ def grad(
     create_graph records their computation, so that they can be differentiated again. An input that the outputs do not
     depend on is an error, unless allow_unused (gives None) or materialize_grads (gives zeros).
     """
-    if is_grads_batched:
-        raise NotImplementedError("grad(is_grads_batched=True) is not there yet; loop over the gradients.")
     roots, targets = _as_list(outputs), _as_list(inputs)
     weights = [None] * len(roots) if grad_outputs is None else _as_list(grad_outputs)
     if len(weights) != len(roots):
         raise AutogradError(f"grad() got {len(roots)} outputs and {len(weights)} grad_outputs; give one for each.")
+    if is_grads_batched:
+        return _batched_grads(roots, targets, weights, (create_graph, allow_unused, materialize_grads))
     if Interpreters.active:
-        result = Interpreters.grad(roots, targets, weights, create_graph)
-        if result is not NotImplemented:
-            return result
+        found = Interpreters.grad(roots, targets, weights, create_graph)
+        if found is not NotImplemented:
+            return tuple([
+                _unused(i, target, allow_unused, materialize_grads) if gradient is None else gradient
+                for i, (target, gradient) in enumerate(zip(targets, found, strict=True))
+            ])  # fmt: skip
     for i, target in enumerate(targets):
         if not target._requires_grad:
             raise AutogradError(
                 f"grad() cannot go to input {i}: it does not require grad. Call requires_grad_() on it."
             )
     places: dict[Any, None] = dict.fromkeys(_place(t) for t in targets)
-    walk = Walk(create_graph, create_graph if retain_graph is None else retain_graph, False)
-    seeds = [_seed(root, weight, create_graph) for root, weight in zip(roots, weights, strict=True)]
+    # Gradients of many examples (vmap), or with a tangent, are Tensors on their way too, recorded or not.
+    recorded = create_graph or any(w is not None and level_of(w) for w in weights)
+    walk = Walk(recorded, create_graph if retain_graph is None else retain_graph, False)
+    seeds = [_seed(root, weight, recorded) for root, weight in zip(roots, weights, strict=True)]
     needed = _leading_to([_place(r) for r in roots], places)
     enabled = state.enabled
     state.enabled = create_graph
@@ -312,30 +329,52 @@ def grad(
     finally:
         state.enabled = enabled
     results: list[Tensor | None] = []
-    sole = {} if create_graph else _sole(walk.gradients)
+    sole = {} if recorded else _sole(walk.gradients)
     handed: set[Any] = set()  # a target may be asked for twice
     for i, target in enumerate(targets):
         gradient = walk.gradients.get(_place(target))
         if gradient is None:
-            if materialize_grads:
-                results.append(wrap(_backend(target).full(target._data.shape, 0, target._data.dtype), target._device))
-                continue
-            if not allow_unused:
-                raise AutogradError(
-                    f"The outputs do not depend on input {i}, so it has no gradient; leave it out, or pass "
-                    "allow_unused=True (None) or materialize_grads=True (zeros)."
-                )
-            results.append(None)
+            results.append(_unused(i, target, allow_unused, materialize_grads))
             continue
         if target._node is None and target._hooks is not None:
             gradient = walk._run_hooks(target._hooks.values(), gradient, target)
-        if not create_graph:
+        if not recorded:
             place = _place(target)
             shared = not sole[place] or place in handed
             handed.add(place)
             gradient = wrap(_backend(target).copy(gradient) if shared else gradient, target._device)
         results.append(gradient)
     return tuple(results)
+
+
+def _unused(i: int, target: Tensor, allow_unused: bool | None, materialize_grads: bool) -> Tensor | None:
+    """What stands for the gradient of an input that the outputs do not depend on."""
+    if materialize_grads:
+        return target.new_zeros(target._data.shape)
+    if not allow_unused:
+        raise AutogradError(
+            f"The outputs do not depend on input {i}, so it has no gradient; leave it out, or pass "
+            "allow_unused=True (None) or materialize_grads=True (zeros)."
+        )
+    return None
+
+
+def _batched_grads(
+    roots: list[Tensor], targets: list[Tensor], weights: list[Any], options: tuple[bool, bool | None, bool]
+) -> tuple[Tensor | None, ...]:
+    """grad() for many grad_outputs at once: along a first dimension that the results have too."""
+    create_graph, allow_unused, materialize_grads = options
+    sizes = {w._data.shape[0] for w in weights if isinstance(w, Tensor) and w._data.ndim}
+    if len(sizes) != 1 or any(not isinstance(w, Tensor) for w in weights):
+        raise AutogradError(
+            "grad(is_grads_batched=True) takes grad_outputs for each output, all with a first dimension of one length: "
+            f"how many there are. Got lengths {sorted(sizes)} for {len(weights)} outputs."
+        )
+    size = sizes.pop()
+    with Level(size) as level:
+        batched = [make_batched(w, level) for w in weights]
+        found = grad(roots, targets, batched, True, create_graph, allow_unused, False, materialize_grads)
+        return tuple([None if g is None else expose(g, level, size) for g in found])
 
 
 def _leading_to(roots: Sequence[Any], targets: dict[Any, None]) -> set[Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from gpuad.array import random
 from gpuad.autograd.elementwise import elementwise
-from gpuad.autograd.op import function
+from gpuad.autograd.op import function, random_tensor
 from gpuad.kernels.scalar import where
 from gpuad.ops.samples import S
-from gpuad.tensor import Tensor, wrap
+from gpuad.tensor import Tensor
 
 keep = elementwise("keep", lambda input, kept, scale: where(kept, input * scale, 0.0),
                    [(S((3, 4)), S((3, 4), kind="bool"), 2.0)], "input · scale where kept, else 0.",
@@ -27,6 +27,9 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     if p == 1.0:
         out = input * 0.0
     else:
-        kept = random.bernoulli(None, 1.0 - p, input._data.shape, device=input._device.index)
-        out = keep(input, wrap(kept, input._device), 1.0 / (1.0 - p))
+        device = input._device
+        kept = random_tensor(
+            lambda shape: random.bernoulli(None, 1.0 - p, shape, device=device.index), input._data.shape, device
+        )
+        out = keep(input, kept, 1.0 / (1.0 - p))
     return input.copy_(out) if inplace else out

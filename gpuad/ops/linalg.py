@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from gpuad.array.device import of_array
+from gpuad.autograd.batching import Batch
 from gpuad.autograd.op import describe, function
 from gpuad.autograd.primitive import Primitive, multilinear, primitive
 from gpuad.errors import DtypeError, ShapeError
@@ -45,6 +46,15 @@ def _gemm(backend: Any, a: Any, b: Any) -> Any:
     return backend.gemm(a, b)
 
 
+def _gemm_of_all(batch: Batch, op: Any, inputs: Any, params: dict) -> Any:
+    a, b = inputs
+    if a.ndim == b.ndim == 2 and not batch.has(b):  # one large product instead of many small ones
+        rows, inner = a._data.shape
+        return gemm(a.value.reshape((batch.size * rows, inner)), b).reshape((batch.size, rows, b.shape[1]))
+    ndim = max(a.ndim, b.ndim)
+    return gemm(batch.aligned(a, ndim), batch.aligned(b, ndim))
+
+
 # Matrices and stacks of matrices; vectors are made matrices by matmul() below.
 gemm = primitive(
     "gemm",
@@ -56,7 +66,7 @@ gemm = primitive(
     jvp=multilinear,
     samples=[(S((3, 4)), S((4, 5))), (S((2, 3, 4)), S((2, 4, 5))), (S((2, 1, 3, 4)), S((5, 4, 2))),
              (S((0, 4)), S((4, 5))), (S((3, 0)), S((0, 5)))],
-    doc="a @ b for matrices and stacks of matrices.",
+    doc="a @ b for matrices and stacks of matrices.", batch=_gemm_of_all,
 )  # fmt: skip
 
 
@@ -195,7 +205,22 @@ linear_: Primitive = primitive(
     },
     samples=[(S((3, 4)), S((5, 4)), S((5,))), (S((3, 4)), S((5, 4)), None), (S((0, 4)), S((5, 4)), S((5,)))],
     doc="x @ weight.T + bias for a matrix x.",
+    batch=lambda batch, op, inputs, params: _linear_of_all(batch, *inputs),
 )
+
+
+def _linear_of_all(batch: Batch, x: Any, weight: Any, bias: Any) -> Any:
+    if batch.has(weight):
+        y = gemm(batch.aligned(x, 2), mT(weight.value))
+    else:
+        rows, inner = x._data.shape
+        own = batch.has(x)
+        flat = x.value.reshape((batch.size * rows, inner)) if own else x
+        y = linear_(flat, weight, None if batch.has(bias) else bias)
+        y = y.reshape((batch.size, rows, weight.shape[0])) if own else y
+        if not batch.has(bias):
+            return y
+    return y if bias is None else y + batch.aligned(bias, 2)
 
 
 def _product(g: Any, x: Any, into: Any) -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from gpuad.autograd.batching import shift
+from gpuad.autograd.levels import Logical
 from gpuad.autograd.op import check_devices, describe, function
 from gpuad.autograd.primitive import Primitive, linear, primitive
 from gpuad.errors import ShapeError
@@ -53,6 +55,7 @@ reshape_ = primitive(
         (S((0, 3)), {"shape": (3, 0)}),
     ],
     doc="The same elements in another shape.",
+    batch=shift,
     view=True,
 )
 
@@ -73,11 +76,14 @@ def reshape(input: Any, *shape: Any) -> Any:
 def _shares(a: Any, b: Any) -> bool:
     if isinstance(a, np.ndarray):
         return np.may_share_memory(a, b)
+    if isinstance(a, Logical):
+        return True  # inside vmap: what is shared is the business of the tensor of all examples
     return a.data.mem is b.data.mem
 
 
 alias = primitive("alias", lambda backend, input: input[...], vjp={"input": lambda g: g}, jvp=linear, view=True,
-                  samples=[(S((3, 4)),), (S(()),), (S((0, 3)),)], doc="The same memory as another tensor.")  # fmt: skip
+                  samples=[(S((3, 4)),), (S(()),), (S((0, 3)),)], doc="The same memory as another tensor.",
+                  batch=shift)  # fmt: skip
 
 
 @function
@@ -141,6 +147,7 @@ permute_ = primitive(
     jvp=linear,
     samples=[(S((3, 4)), {"dims": (1, 0)}), (S((2, 3, 4)), {"dims": (2, 0, 1)}), (S(()), {"dims": ()})],
     doc="The dimensions in another order.",
+    batch=lambda batch, op, inputs, params: op(inputs[0].value, dims=(0, *(d + 1 for d in params["dims"]))),
     view=True,
 )
 
@@ -203,6 +210,9 @@ expand_ = primitive(
         (S((1, 3)), {"shape": (0, 3)}),
     ],
     doc="Dimensions of length 1 repeated without a copy.",
+    batch=lambda batch, op, inputs, params: op(
+        batch.aligned(inputs[0], len(params["shape"])), shape=(batch.size, *params["shape"])
+    ),
     view=True,
 )
 
@@ -289,7 +299,7 @@ def contiguous(input: Any) -> Any:
 
 clone_ = primitive("clone", lambda backend, input: backend.copy(input), vjp={"input": lambda g: g}, jvp=linear,
                    samples=[(S((3, 4)),), (S(()),), (S((0, 3)),)],
-                   doc="A copy that is differentiated through.")  # fmt: skip
+                   doc="A copy that is differentiated through.", batch=shift)  # fmt: skip
 function(clone_, name="clone")
 clone = clone_
 
@@ -334,6 +344,7 @@ narrow_ = primitive(
     jvp=linear,
     samples=[(S((3, 4)), {"dim": 1, "start": 1, "length": 2}), (S((3, 4)), {"dim": 0, "start": 3, "length": 0})],
     doc="A stretch of one dimension.",
+    batch=shift,
     view=True,
 )
 
@@ -354,6 +365,7 @@ pad_: Primitive = primitive(
         (S((0, 4)), {"shape": (3, 4), "dim": 0, "start": 1}),
     ],
     doc="Zeros of a shape with the input as a stretch of one dimension.",
+    batch=shift,
 )
 
 
@@ -419,6 +431,7 @@ cat_ = primitive(
     jvp=linear,
     samples=[(S((3, 4)), S((3, 2)), {"dim": 1}), (S((2,)), S((0,)), S((3,)), {"dim": 0}), (S((3, 4)), {"dim": 0})],
     doc="Tensors joined along a dimension.",
+    batch=shift,
     variadic=True,
 )
 
@@ -492,6 +505,7 @@ flip_: Primitive = primitive(
     jvp=linear,
     samples=[(S((3, 4)), {"dims": (0,)}), (S((2, 3, 4)), {"dims": (0, 2)})],
     doc="The order of entries reversed.",
+    batch=shift,
 )
 
 
@@ -508,6 +522,7 @@ roll_: Primitive = primitive(
     jvp=linear,
     samples=[(S((3, 4)), {"shifts": (1,), "dims": (0,)}), (S((3, 4)), {"shifts": (2, -1), "dims": (0, 1)})],
     doc="Entries shifted around.",
+    batch=shift,
 )
 
 
@@ -529,6 +544,7 @@ def _triangle(name: str, other: str, doc: str) -> Any:
         jvp=linear,
         samples=[(S((3, 4)), {"diagonal": 0}), (S((2, 3, 3)), {"diagonal": -1}), (S((4, 3)), {"diagonal": 1})],
         doc=doc,
+        batch=shift,
     )
 
     def public(input: Any, diagonal: int = 0) -> Any:
@@ -551,6 +567,7 @@ diagonal_ = primitive(
     jvp=linear,
     samples=[(S((3, 4)), {"offset": 0}), (S((2, 3, 4)), {"offset": 1}), (S((4, 3)), {"offset": -2})],
     doc="The diagonal of matrices.",
+    batch=shift,
 )
 
 
@@ -563,7 +580,7 @@ def _diagonal_scatter(backend: Any, input: Any, *, shape: tuple[int, ...], offse
 
 diagonal_scatter_: Primitive = primitive(
     "diagonal_embed", _diagonal_scatter,
-    vjp={"input": lambda g, offset: diagonal_(g, offset=offset)}, jvp=linear, doc="Zeros with a diagonal.",
+    vjp={"input": lambda g, offset: diagonal_(g, offset=offset)}, jvp=linear, doc="Zeros with a diagonal.", batch=shift,
     samples=[(S((3,)), {"shape": (3, 4), "offset": 0}), (S((2, 3)), {"shape": (2, 3, 4), "offset": 1})],
 )  # fmt: skip
 
