@@ -35,7 +35,7 @@ class Batch:
         return x.expand((self.size, *x._data.shape)) if isinstance(x, Tensor) else x
 
     def aligned(self, x: Any, ndim: int) -> Any:
-        """All examples of x, each made `ndim`-dimensional in front, so that they broadcast; what they share as it is."""
+        """All examples of x with `ndim` dimensions each, so that they broadcast; what they share as it is."""
         if not self.has(x):
             return x
         value = x.value

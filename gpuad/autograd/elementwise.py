@@ -441,14 +441,15 @@ class Elementwise(Op):
         count = self.visible
         # Many tangents of one value (jacfwd): the value is computed once, not for each of them.
         apart = not batches_of(given) <= batches_of(inputs)
-        op = self._tangent_ops.get((apart, *moving))
+        key = (apart, *moving)
+        op = self._tangent_ops.get(key)
         if op is None:
             formula: Any = self.formula.jvp(moving).formula
             if apart:
                 first = len(self.formula.outputs)
                 formula = formula.of(formula.outputs[first:][:count], formula.levels[first:][:count])
             op = Elementwise(f"{self.name}_jvp", formula, register=False)
-            self._tangent_ops[apart, *moving] = op
+            self._tangent_ops[key] = op
         results = op(*inputs, *given)
         if apart:
             value, results = self(*inputs), results if op.several else (results,)

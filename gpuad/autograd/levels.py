@@ -78,6 +78,9 @@ class Dual(Tensor):
         """The same memory outside the graph and without the tangent."""
         return self.primal.data
 
+    def __repr__(self) -> str:
+        return f"dual({self.primal!r}, tangent={self.tangent!r})"
+
 
 def make_dual(primal: Tensor, tangent: Tensor, level: int) -> Dual:
     """primal + ε tangent at `level`; shapes, dtypes and devices must be equal."""
@@ -102,6 +105,14 @@ class Batched(Tensor):
     def data(self) -> Tensor:
         """The same memory outside the graph."""
         return make_batched(self.value.data, self.level)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Refused: there is no one array of elements."""
+        raise _no_elements("numpy()")
+
+    def __repr__(self) -> str:
+        count = self.value._data.shape[0]
+        return f"<one of {count} examples of vmap: {self.dtype} {tuple(self.shape)} on {self._device}>"
 
 
 def make_batched(value: Tensor, level: int) -> Batched:
@@ -137,7 +148,7 @@ class Logical:
         raise _no_elements("its elements")
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # a protocol that is asked for
+        if name.startswith("__") or name == "get":  # a protocol, or whether it is CuPy's, that is asked for
             raise AttributeError(name)
         raise _no_elements(f".{name}")
 

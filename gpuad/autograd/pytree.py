@@ -10,7 +10,7 @@ LEAF: Any = type("Leaf", (), {"__repr__": lambda self: "*"})()
 
 def is_container(x: Any) -> bool:
     """Whether x holds further values; everything else, None included, is a leaf."""
-    return isinstance(x, (dict, list)) or (isinstance(x, tuple) and (type(x) is tuple or hasattr(x, "_fields")))
+    return isinstance(x, (dict, list, tuple))
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:

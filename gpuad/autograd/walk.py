@@ -101,6 +101,9 @@ class Walk:
         if slots is None:
             slots = self.gradients[parent] = [None] * len(parent.info[2])
             heappush(self.heap, (-parent.number, parent))
+        before = slots[node.index]
+        if before is not None:  # an output that was saved stands on the tape a second time, see saved_tensor
+            gradient = before + gradient if self.recorded else node.device.backend.add(before, gradient)
         slots[node.index] = gradient
 
     def into(self, leaf: Tensor) -> tuple[Any, float] | None:

@@ -176,8 +176,8 @@ def _moves(x: Any) -> bool:
 def value_and_grad(function: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
     """A function that returns (value, gradient) of `function`, which returns one number.
 
-    With has_aux, `function` returns (number, aux) and the new function ((value, aux), gradient). The gradient is that of
-    argument argnums, structured like it, and a tuple where argnums is one.
+    With has_aux, `function` returns (number, aux) and the new function ((value, aux), gradient). The gradient is that
+    of argument argnums, structured like it, and a tuple where argnums is one.
     """
 
     def evaluate(*args: Any, **kwargs: Any) -> Any:

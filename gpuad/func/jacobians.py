@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -121,8 +120,8 @@ def hessian(func: Callable, argnums: int | tuple[int, ...] = 0) -> Callable:
 def hvp(function: Callable, primals: Any, tangents: Any) -> Any:
     """The Hessian of `function` (to one number) at primals times tangents, by forward mode over reverse.
 
-    primals: a Tensor or nested Tensors, the one argument of `function`; a tuple holds several arguments. Returns what is
-    structured like primals. It costs a small multiple of a gradient and never makes the Hessian.
+    primals: a Tensor or nested Tensors, the one argument of `function`; a tuple holds several arguments. Returns what
+    is structured like primals. It costs a small multiple of a gradient and never makes the Hessian.
     """
     several = type(primals) is tuple
     points, directions = (primals, tangents) if several else ((primals,), (tangents,))
