@@ -1,6 +1,7 @@
 """Automatic differentiation: the tape, the reverse walk, forward mode, grad modes, custom functions, checks."""
 
 from gpuad.autograd import interpret as _interpret  # noqa: F401  (puts forward mode and vmap in place)
+from gpuad.autograd import function_levels as _function_levels  # noqa: F401
 from gpuad.autograd.function import Function
 from gpuad.autograd.modes import (
     enable_grad,

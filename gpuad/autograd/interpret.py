@@ -18,6 +18,7 @@ from gpuad.autograd.levels import (
     make_dual,
     open_batches,
     pack,
+    suspended,
     unpack,
 )
 from gpuad.autograd.modes import state
@@ -131,7 +132,8 @@ def _through_batch(
             weight = root.new_ones(root._data.shape)
         seeds.append(expose(weight, level, size))
     exposed = [expose(r, level, size) for r in roots]
-    found = grad(exposed, [t.value for t in targets], seeds, True, create_graph, True)
+    with suspended(level):
+        found = grad(exposed, [t.value for t in targets], seeds, True, create_graph, True)
     return [None if g is None else hide(g, level) for g in found]
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,12 @@ class _Levels(threading.local):
 _levels = _Levels()
 
 
+def counted(change: int) -> None:
+    """Count a level that is entered (+1) or left (−1), in any thread."""
+    with _counting:
+        Interpreters.active += change
+
+
 class Level:
     """A context in which one level is open; gives its number.
 
@@ -42,16 +49,14 @@ class Level:
         self.size, self.randomness = size, randomness
 
     def __enter__(self) -> int:
-        with _counting:
-            Interpreters.active += 1
+        counted(1)
         self.number = next(_numbers)
         _levels.open[self.number] = self
         return self.number
 
     def __exit__(self, *exc: object) -> None:
         del _levels.open[self.number]
-        with _counting:
-            Interpreters.active -= 1
+        counted(-1)
 
 
 def is_open(level: int) -> bool:
@@ -61,7 +66,17 @@ def is_open(level: int) -> bool:
 
 def open_batches() -> list[tuple[int, Level]]:
     """The open levels of vmap, from the outermost in."""
-    return [(number, level) for number, level in _levels.open.items() if level.size is not None]
+    return [(number, level) for number, level in sorted(_levels.open.items()) if level.size is not None]
+
+
+@contextmanager
+def suspended(level: int) -> Iterator[None]:
+    """A block in which a level of vmap is not open: what runs there sees all examples, as any other dimension."""
+    opened = _levels.open.pop(level)
+    try:
+        yield
+    finally:
+        _levels.open[level] = opened
 
 
 class Dual(Tensor):
@@ -106,9 +121,11 @@ class Batched(Tensor):
         """The same memory outside the graph."""
         return make_batched(self.value.data, self.level)
 
-    def numpy(self, *, force: bool = False) -> Any:
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: there is no one array of elements."""
         raise _no_elements("numpy()")
+
+    __array__ = numpy
 
     def __repr__(self) -> str:
         count = self.value._data.shape[0]

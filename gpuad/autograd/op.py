@@ -54,11 +54,13 @@ class Interpreters:
 
     active = 0
     # interpret.py puts its rules here: (op, inputs, params) -> result, (name, target, result) -> target,
-    # (roots, targets, weights, create_graph) -> gradients, and (make, shape, device) -> random numbers.
+    # (roots, targets, weights, create_graph) -> gradients, and (make, shape, device) -> random numbers; and
+    # function_levels.py: (Function, arguments) -> result.
     apply: Callable[..., Any]
     write: Callable[..., Any]
     grad: Callable[..., Any]
     draw: Callable[..., Any]
+    function: Callable[..., Any]
 
 
 class Op:

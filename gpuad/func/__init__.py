@@ -5,11 +5,12 @@ All of them take and give nested dicts, lists, tuples and named tuples of Tensor
 
 from gpuad.autograd.forward import jvp
 from gpuad.autograd.vmap import vmap
+from gpuad.func.custom import custom_jvp, custom_vjp
 from gpuad.func.derivatives import grad, grad_and_value, linearize, value_and_grad, vjp
 from gpuad.func.jacobians import hessian, hvp, jacfwd, jacrev
 from gpuad.func.modules import functional_call, stack_module_state
 
 __all__ = [
-    "functional_call", "grad", "grad_and_value", "hessian", "hvp", "jacfwd", "jacrev", "jvp", "linearize",
+    "custom_jvp", "custom_vjp", "functional_call", "grad", "grad_and_value", "hessian", "hvp", "jacfwd", "jacrev", "jvp", "linearize",
     "stack_module_state", "value_and_grad", "vjp", "vmap",
 ]  # fmt: skip

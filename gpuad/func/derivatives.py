@@ -5,98 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gpuad.autograd.levels import Batched, Dual, level_of, make_batched, make_dual, open_batches
 from gpuad.autograd.modes import enable_grad, state
 from gpuad.autograd.pytree import flatten, tree_map, unflatten
+from gpuad.autograd.variables import depends_on_others, moves, settled, variable
 from gpuad.autograd.walk import grad as _gradients
 from gpuad.errors import AutogradError, ShapeError
 from gpuad.tensor import Tensor
-
-
-def variable(x: Any) -> Tensor:
-    """x as a new variable: a leaf for the tape, with the tangents and examples that transforms outside gave it.
-
-    Inside vmap each example gets a variable of its own, also of what all of them share: gradients are those of one.
-    """
-    if not isinstance(x, Tensor):
-        raise TypeError(
-            f"Derivatives are taken for Tensors, got a {type(x).__name__}; wrap it in gpuad.tensor(…), or leave its "
-            "argument out of argnums."
-        )
-    for number, level in open_batches():
-        x = _repeated(x, number, level.size)
-    return _fresh(x)
-
-
-def _repeated(x: Any, number: int, size: Any) -> Tensor:
-    """x for each of `size` examples of a level, which goes below the higher levels of x; itself where it has that."""
-    if level_of(x) == number:
-        return x
-    if level_of(x) < number:
-        return make_batched(x.expand((size, *x._data.shape)), number)
-    if isinstance(x, Batched):
-        return make_batched(_repeated(x.value, number, size), x.level)
-    return make_dual(_repeated(x.primal, number, size), _repeated(x.tangent, number, size), x.level)
-
-
-def _fresh(x: Any) -> Any:
-    if isinstance(x, Dual):
-        return make_dual(_fresh(x.primal), x.tangent, x.level)
-    if isinstance(x, Batched):
-        return make_batched(_fresh(x.value), x.level)
-    made = x.view(x.shape) if x._requires_grad else x.detach()
-    made.requires_grad_()
-    return made
-
-
-def plain(x: Any) -> Any:
-    """The tensor on the tape below all levels."""
-    while isinstance(x, (Dual, Batched)):
-        x = x.primal if isinstance(x, Dual) else x.value
-    return x
-
-
-def depends_on_others(results: list[Any], variables: list[Any]) -> bool:
-    """Whether something else than our own variables requires grad below the results, so that gradients are recorded."""
-    bases = [plain(v) for v in variables]
-    if any(b._node is not None for b in bases):
-        return True
-    own = {id(b) for b in bases}
-    seen: set[Any] = set()
-    stack: list[Any] = []
-    for r in results:
-        stack.extend(_places(r))
-    while stack:
-        place = stack.pop()
-        if place is None or place in seen:
-            continue
-        seen.add(place)
-        if isinstance(place, Tensor):
-            if place._requires_grad and id(place) not in own:
-                return True
-        else:
-            stack.extend(place.parents)
-    return False
-
-
-def _places(x: Any) -> list[Any]:
-    """Where x and its tangents are on the tape."""
-    if isinstance(x, Dual):
-        return [*_places(x.primal), *_places(x.tangent)]
-    if isinstance(x, Batched):
-        return _places(x.value)
-    if not isinstance(x, Tensor):
-        return []
-    return [x if x._node is None else x._node]
-
-
-def settled(x: Any) -> Any:
-    """x outside the graph of variables that nobody else knows, with its tangents."""
-    if isinstance(x, Dual):
-        return make_dual(settled(x.primal), settled(x.tangent), x.level)
-    if isinstance(x, Batched):
-        return make_batched(settled(x.value), x.level)
-    return x.detach() if isinstance(x, Tensor) and x._requires_grad else x
 
 
 def call(function: Callable, args: tuple, kwargs: dict, numbers: tuple[int, ...]) -> tuple[Any, list[Any], list[Any]]:
@@ -156,7 +70,7 @@ def vjp(function: Callable, *primals: Any, has_aux: bool = False) -> tuple[Any, 
             raise ShapeError(
                 f"The cotangents of vjp are structured like the result, {out_structure!r}; got {structure!r}."
             )
-        pairs = [(o, w) for o, w in zip(outputs, weights, strict=True) if plain(o)._requires_grad or _moves(o)]
+        pairs = [(o, w) for o, w in zip(outputs, weights, strict=True) if moves(o)]
         record = state.enabled and (others or depends_on_others(weights, variables))
         found: Any = [None] * len(variables)
         if pairs:
@@ -166,11 +80,6 @@ def vjp(function: Callable, *primals: Any, has_aux: bool = False) -> tuple[Any, 
 
     shown = result if others else tree_map(settled, result)
     return (shown, pull_back, aux if others else tree_map(settled, aux)) if has_aux else (shown, pull_back)
-
-
-def _moves(x: Any) -> bool:
-    """Whether a tangent of x depends on variables."""
-    return any(place is not None and not isinstance(place, Tensor) for place in _places(x))
 
 
 def value_and_grad(function: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
@@ -192,7 +101,7 @@ def value_and_grad(function: Callable, argnums: int | tuple[int, ...] = 0, has_a
             )
         others = depends_on_others([value], variables)
         found: Any = [None] * len(variables)
-        if plain(value)._requires_grad or _moves(value):
+        if moves(value):
             found = _gradients(value, variables, None, others, others and state.enabled, True)
         zeros = [x.new_zeros(x.shape) if g is None else g for g, x in zip(found, variables, strict=True)]
         if not others:
@@ -231,7 +140,7 @@ def linearize(function: Callable, *primals: Any) -> tuple[Any, Callable]:
     others = depends_on_others(outputs, variables)
     with enable_grad():
         cotangents = [variable(o.new_zeros(o._data.shape)) for o in outputs]
-        moving = [(o, u) for o, u in zip(outputs, cotangents, strict=True) if plain(o)._requires_grad or _moves(o)]
+        moving = [(o, u) for o, u in zip(outputs, cotangents, strict=True) if moves(o)]
         pulled: Any = [None] * len(variables)
         if moving:
             pulled = _gradients([o for o, _ in moving], variables, [u for _, u in moving], True, True, True)
@@ -240,7 +149,7 @@ def linearize(function: Callable, *primals: Any) -> tuple[Any, Callable]:
         leaves, structure = flatten(tangents)
         if structure != flatten(regrouped(variables, structures, False))[1]:
             raise ShapeError("The tangents of linearize are structured like the primals, one for each.")
-        pairs = [(g, v) for g, v in zip(pulled, leaves, strict=True) if g is not None and plain(g)._requires_grad]
+        pairs = [(g, v) for g, v in zip(pulled, leaves, strict=True) if g is not None and moves(g)]
         found: Any = [None] * len(cotangents)
         record = state.enabled and (others or depends_on_others(leaves, variables))
         if pairs:
