@@ -10,7 +10,7 @@ Unlike PyTorch's, dual levels nest; make_dual and unpack_dual mean the innermost
 from __future__ import annotations
 
 import threading
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gpuad.autograd import levels
 from gpuad.errors import AutogradError, DtypeError
