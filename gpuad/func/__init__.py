@@ -11,6 +11,6 @@ from gpuad.func.jacobians import hessian, hvp, jacfwd, jacrev
 from gpuad.func.modules import functional_call, stack_module_state
 
 __all__ = [
-    "custom_jvp", "custom_vjp", "functional_call", "grad", "grad_and_value", "hessian", "hvp", "jacfwd", "jacrev", "jvp", "linearize",
-    "stack_module_state", "value_and_grad", "vjp", "vmap",
+    "custom_jvp", "custom_vjp", "functional_call", "grad", "grad_and_value", "hessian", "hvp", "jacfwd", "jacrev",
+    "jvp", "linearize", "stack_module_state", "value_and_grad", "vjp", "vmap",
 ]  # fmt: skip

@@ -27,9 +27,7 @@ class _Custom:
         functools.update_wrapper(self, function)
 
     def _bound(self, args: tuple, kwargs: dict) -> tuple:
-        """All arguments by position."""
-        if not kwargs:
-            return args
+        """All arguments by position, defaults filled in."""
         bound = inspect.signature(self.function).bind(*args, **kwargs)
         bound.apply_defaults()
         return bound.args
