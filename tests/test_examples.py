@@ -113,3 +113,25 @@ def test_forward_and_reverse(device):
     shown = run("forward_and_reverse.py", "--device", device)
     assert all(operation in shown for operation in ("mul", "add", "sub"))
     assert shown.rstrip().endswith("All agree.")
+
+
+def test_newton_and_hvp_is_as_good_as_scipys_own_derivatives():
+    shown = run("newton_and_hvp.py", "--device", "cpu")
+    assert [float(n) for n in re.findall(r"difference from SciPy's (\S+)", shown)] == pytest.approx([0, 0], abs=1e-13)
+    assert float(re.search(r"distance from the minimum at .*: (\S+)", shown)[1]) < 1e-8
+
+
+def test_per_sample_gradients(device):
+    shown = run("per_sample_gradients.py", "--device", device, "--examples", 32)
+    assert "(32, 32, 64)" in shown
+    assert float(re.search(r"largest difference (\S+)", shown)[1]) < 1e-6
+
+
+def test_physics_solves_its_equation():
+    shown = run("physics.py", "--device", "cpu")
+    assert float(re.search(r"largest error of the solution: (\S+)", shown)[1]) < 2e-3
+
+
+@pytest.mark.cuda
+def test_physics_runs_on_cuda():
+    assert "largest error of the solution" in run("physics.py", "--device", "cuda", "--steps", 3)

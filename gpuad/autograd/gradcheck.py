@@ -319,5 +319,6 @@ def _on_device(f: Callable, args: tuple, place: Device) -> list[tuple[str, np.nd
         generator = np.random.default_rng(0)
         weights = [_placed(generator.standard_normal(tuple(y.shape)), y) for y in live]
         found = grad(live, leaves, weights, materialize_grads=True)
-        results += [(f"gradient of floating input {i}", g.cpu().numpy()) for i, g in enumerate(found)]  # type: ignore[union-attr]
+        gradients: Any = enumerate(found)
+        results += [(f"gradient of floating input {i}", g.cpu().numpy()) for i, g in gradients]
     return results
