@@ -21,6 +21,7 @@ def f(x):
 
 
 def main():
+    """Minimise by both sets of derivatives and print how they compare."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--dimensions", type=int, default=50)
     parser.add_argument("--device", default="cpu")
@@ -53,6 +54,7 @@ def main():
 
 
 def relative(a, b):
+    """The largest difference, relative to the largest entry of b."""
     return np.abs(a - b).max() / np.abs(b).max()
 
 

@@ -17,6 +17,7 @@ from gpuad.func import functional_call, grad, vmap
 
 
 def main():
+    """Train for a moment, then print whose gradients are largest."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--examples", type=int, default=256)

@@ -16,6 +16,7 @@ from gpuad.func import grad, vmap
 
 
 def main():
+    """Train the network on the equation's residual and print the error of the solution."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=800)

@@ -270,7 +270,7 @@ def check_devices(
     """Compare f(*args) and its gradients on every device that is present (or on `devices`) with the first of them.
 
     args: Tensors (nested in dicts, lists and tuples) and what else f takes; floating Tensors get gradients, of the sum
-    of f's floating outputs weighted by fixed random numbers. Returns the largest difference of each device but the first.
+    of f's floating outputs weighted by fixed random numbers. Returns the largest difference of each device but one.
     Raises GradcheckError that names the value or gradient, its element and both numbers, or the dtypes that differ.
     """
     from gpuad import cuda
