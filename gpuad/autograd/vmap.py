@@ -110,7 +110,7 @@ def _collected(x: Any, dim: Any, level: int, size: int) -> Any:
         if mine:
             raise ValueError("out_dims of vmap is None for a result that differs between examples; give a dimension.")
         return x
-    value = x.value if mine else x.expand((size, *x._data.shape))  # type: ignore[attr-defined]
+    value = x.value if mine else x.expand((size, *x._data.shape))
     if not -value.ndim <= dim < value.ndim:
         raise ShapeError(f"vmap got out_dims={dim} for results of shape {tuple(x.shape)} for each example.")
     return value.movedim(0, dim) if dim % value.ndim else value

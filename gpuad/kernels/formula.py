@@ -139,7 +139,7 @@ class Formula:
 
     def _fresh(self, name: str, level: str = "element", others: Iterable[Expr] = ()) -> Variable:
         """A variable with a name that neither an input nor one of `others` has."""
-        taken = {v.name for v in (*self.inputs, *others)}  # type: ignore[attr-defined]
+        taken = {v.name for v in (*self.inputs, *others)}
         while name in taken:
             name += "_"
         return variable(name, "number", level)
