@@ -88,7 +88,7 @@ class Dual(Tensor):
     tangent: Tensor
     level: int
 
-    @property  # type: ignore[misc]  (it cannot be assigned inside a transform)
+    @property  # type: ignore[misc]
     def data(self) -> Tensor:
         """The same memory outside the graph and without the tangent."""
         return self.primal.data
@@ -116,7 +116,7 @@ class Batched(Tensor):
     value: Tensor
     level: int
 
-    @property  # type: ignore[misc]  (it cannot be assigned inside a transform)
+    @property  # type: ignore[misc]
     def data(self) -> Tensor:
         """The same memory outside the graph."""
         return make_batched(self.value.data, self.level)

@@ -24,7 +24,7 @@ class _Custom:
     def __init__(self, function: Callable, nondiff_argnums: Sequence[int] = ()) -> None:
         self.function = function
         self.nondiff_argnums = tuple(nondiff_argnums)
-        functools.update_wrapper(self, function)
+        functools.update_wrapper(self, function)  # type: ignore[arg-type]
 
     def _bound(self, args: tuple, kwargs: dict) -> tuple:
         """All arguments by position, defaults filled in."""
