@@ -15,8 +15,8 @@ import pytest
 import gpuad
 from gpuad.array import indices
 from gpuad.array.device import Device
+from gpuad.autograd.gradients import grad
 from gpuad.autograd.op import table
-from gpuad.autograd.walk import grad
 from gpuad.errors import DeviceError, SynchronizationError
 from gpuad.kernels.formula import trace
 from gpuad.ops.samples import HERE, Array, S

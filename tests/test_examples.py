@@ -127,3 +127,25 @@ def test_cupy_kernel(cuda_device):
 
 def test_cupy_kernel_says_why_it_cannot_run_on_the_host():
     assert "CuPy's kernels run on CUDA devices, and this is cpu" in run("cupy_kernel.py", "--device", "cpu")
+
+
+def test_newton_and_hvp_is_as_good_as_scipys_own_derivatives():
+    shown = run("newton_and_hvp.py", "--device", "cpu")
+    assert [float(n) for n in re.findall(r"difference from SciPy's (\S+)", shown)] == pytest.approx([0, 0], abs=1e-13)
+    assert float(re.search(r"distance from the minimum at .*: (\S+)", shown)[1]) < 1e-8
+
+
+def test_per_sample_gradients(device):
+    shown = run("per_sample_gradients.py", "--device", device, "--examples", 32)
+    assert "(32, 32, 64)" in shown
+    assert float(re.search(r"largest difference (\S+)", shown)[1]) < 1e-6
+
+
+def test_physics_solves_its_equation():
+    shown = run("physics.py", "--device", "cpu")
+    assert float(re.search(r"largest error of the solution: (\S+)", shown)[1]) < 2e-3
+
+
+@pytest.mark.cuda
+def test_physics_runs_on_cuda():
+    assert "largest error of the solution" in run("physics.py", "--device", "cuda", "--steps", 3)

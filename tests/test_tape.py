@@ -14,8 +14,8 @@ import pytest
 import gpuad
 from gpuad import Tensor
 from gpuad.autograd import walk as walk_module
+from gpuad.autograd.gradients import backward, grad
 from gpuad.autograd.node import Node
-from gpuad.autograd.walk import backward, grad
 from gpuad.errors import AutogradError, DeviceError, DtypeError, ShapeError
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpuad.array import dtypes
-from gpuad.autograd.forward import counted
+from gpuad.autograd.levels import counted
 from gpuad.autograd.modes import F, state
 from gpuad.autograd.op import Interpreters, Op
 from gpuad.errors import DtypeError

@@ -10,6 +10,8 @@ import numpy as np
 
 from gpuad.array import dtypes
 from gpuad.array.device import Device, default_device, of_array
+from gpuad.autograd import batching
+from gpuad.autograd.levels import batches_of
 from gpuad.autograd.modes import state
 from gpuad.autograd.node import WRITTEN, Node, OutputNode
 from gpuad.autograd.op import (
@@ -110,7 +112,7 @@ class Elementwise(Op):
         self.several = self.visible > 1
         self.differentiable = not all(formula.bool_outputs)
         self._plans: dict[Any, _Plan] = {}
-        self._tangent_ops: dict[tuple[int, ...], Elementwise] = {}
+        self._tangent_ops: dict[tuple[Any, ...], Elementwise] = {}
         masks = [i for i, v in enumerate(formula.inputs) if v.kind != "number"]
         # The quick way is for one or two float Tensors of one device, dtype and shape.
         self._quick = not masks and len(formula.outputs) == 1 and self.arity <= 2 and not formula.is_row
@@ -441,17 +443,33 @@ class Elementwise(Op):
 
     def tangent(self, inputs: Sequence[Any], tangents: Sequence[Any], params: dict) -> tuple[Any, Any]:
         moving = tuple([i for i, t in enumerate(tangents) if t is not None])
-        op = self._tangent_ops.get(moving)
-        if op is None:
-            op = Elementwise(f"{self.name}_jvp", self.formula.jvp(moving).formula, register=False)
-            self._tangent_ops[moving] = op
-        results = op(*inputs, *[t for t in tangents if t is not None])
+        given = [t for t in tangents if t is not None]
         count = self.visible
-        values, derivatives = results[:count], list(results[len(self.formula.outputs) :][:count])
+        # Many tangents of one value (jacfwd): the value is computed once, not for each of them.
+        apart = not batches_of(given) <= batches_of(inputs)
+        key = (apart, *moving)
+        op = self._tangent_ops.get(key)
+        if op is None:
+            formula: Any = self.formula.jvp(moving).formula
+            if apart:
+                first = len(self.formula.outputs)
+                formula = formula.of(formula.outputs[first:][:count], formula.levels[first:][:count])
+            op = Elementwise(f"{self.name}_jvp", formula, register=False)
+            self._tangent_ops[key] = op
+        results = op(*inputs, *given)
+        if apart:
+            value, results = self(*inputs), results if op.several else (results,)
+            values, derivatives = value if self.several else (value,), list(results)
+        else:
+            values, derivatives = results[:count], list(results[len(self.formula.outputs) :][:count])
         for i, is_bool in enumerate(self.formula.bool_outputs[:count]):
             if is_bool:
                 derivatives[i] = None
         return (values, derivatives) if self.several else (values[0], derivatives[0])
+
+    def batch(self, batch: batching.Batch, inputs: Sequence[Any], params: dict) -> Any:
+        rule = batching.rows if self.formula.is_row else batching.elementwise
+        return rule(batch, self, inputs, params)
 
     # In place ---------------------------------------------------------------------------------------------------------
 

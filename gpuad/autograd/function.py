@@ -7,6 +7,7 @@ from typing import Any
 
 from gpuad.autograd.modes import no_grad, state
 from gpuad.autograd.node import Node, OutputNode
+from gpuad.autograd.op import Interpreters
 from gpuad.errors import AutogradError
 from gpuad.tensor import Tensor, wrap
 
@@ -18,10 +19,20 @@ class Context:
     _to_save: tuple[Any, ...] = ()
     _saved: tuple[Any, ...] = ()
     _non_differentiable: tuple[Tensor, ...] = ()
+    _materialize = True
+    _to_save_forward: tuple[Any, ...] = ()
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         """Keep tensors for backward, where they are in `saved_tensors`; in-place changes in between are noticed."""
         self._to_save = tensors
+
+    def save_for_forward(self, *tensors: Tensor | None) -> None:
+        """Keep tensors for jvp, where they are in `saved_tensors`; what save_for_backward kept unless called."""
+        self._to_save_forward = tensors
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """Whether backward gets zeros for outputs that have no gradient (it does unless told), or None."""
+        self._materialize = bool(value)
 
     def mark_non_differentiable(self, *tensors: Tensor) -> None:
         """Outputs that take no part in differentiation."""
@@ -49,14 +60,36 @@ class Function:
 
     forward runs unrecorded. backward gets a gradient for each output (zeros where there was none) and returns one for
     each argument of forward, None where there is none; written in gpuad's operations it can be differentiated again.
+
+    As in PyTorch, forward may leave ctx out and a static method setup_context(ctx, inputs, output) save instead.
+    Forward mode goes by a static method jvp(ctx, *tangents), one for each argument (None for what is no Tensor), which
+    returns the tangent(s) of the output(s); without one it is derived from backward. vmap goes by a static method
+    vmap(info, in_dims, *args), which returns (outputs, out_dims); by the others run for all examples at once where
+    `generate_vmap_rule = True`; else by a loop, with a warning. (info: batch_size and randomness.)
     """
 
     name: str
+    generate_vmap_rule = False
 
     @staticmethod
-    def forward(ctx: Context, *args: Any) -> Any:
+    def forward(*args: Any) -> Any:
         """Compute the output(s) from the arguments."""
         raise NotImplementedError("A Function needs a static method forward(ctx, *args).")
+
+    @staticmethod
+    def setup_context(ctx: Context, inputs: tuple, output: Any) -> None:
+        """Save what backward and jvp need; where this is defined, forward takes no ctx."""
+        raise NotImplementedError
+
+    @staticmethod
+    def jvp(ctx: Context, *tangents: Any) -> Any:
+        """Compute the tangent(s) of the output(s) from those of the arguments."""
+        raise NotImplementedError
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
+        """Compute (outputs, out_dims) for many examples, which lie along in_dims of the arguments."""
+        raise NotImplementedError
 
     @staticmethod
     def backward(ctx: Context, *gradients: Any) -> Any:
@@ -66,16 +99,39 @@ class Function:
     @classmethod
     def apply(cls, *args: Any) -> Any:
         """Run forward, and record it where an argument requires grad."""
+        if Interpreters.active:
+            result = Interpreters.function(cls, args)
+            if result is not NotImplemented:
+                return result
+        return cls._apply(args)[0]
+
+    @classmethod
+    def _apply(cls, args: tuple) -> tuple[Any, Context]:
+        """The output(s), recorded, and the context."""
         ctx = Context()
         wanted = [isinstance(a, Tensor) and a._requires_grad for a in args]
         ctx.needs_input_grad = tuple(wanted)
         with no_grad():
-            result = cls.forward(ctx, *args)
+            result = cls._forward(ctx, args)
         several = isinstance(result, tuple)
         outs = [_fresh(r, args) for r in (result if several else (result,))]
         if state.enabled and any(wanted):
             cls._record(ctx, args, wanted, outs, result if several else (result,))
-        return tuple(outs) if several else outs[0]
+        given = {id(r): o for r, o in zip(result if several else (result,), outs, strict=True)}
+        ctx._to_save_forward = tuple(given.get(id(t), t) for t in ctx._to_save_forward)
+        return (tuple(outs) if several else outs[0]), ctx
+
+    @classmethod
+    def _forward(cls, ctx: Context, args: tuple) -> Any:
+        """What forward returns, with what it saves in the context."""
+        if cls.setup_context is Function.setup_context:
+            result = cls.forward(ctx, *args)
+        else:
+            result = cls.forward(*args)
+            cls.setup_context(ctx, args, result)
+        if not ctx._to_save_forward:
+            ctx._to_save_forward = ctx._to_save if Interpreters.active else ()
+        return result
 
     @classmethod
     def _record(cls, ctx: Context, args: Any, wanted: list[bool], outs: list[Any], raw: tuple) -> None:
@@ -163,7 +219,7 @@ class _Applied:
         backend = node.device.backend
         filled: list[Any] = []
         for g, shape in zip(gradient, node.info[2], strict=True):
-            if g is None and shape is not None:
+            if g is None and shape is not None and node.info[0]._materialize:
                 filled.append(wrap(backend.full(shape[0], 0, shape[1]), node.device))
             else:
                 filled.append(None if g is None else wrapped(g))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from gpuad.autograd.gradients import GradientEdge
 from gpuad.autograd.hooks import RemovableHandle
 from gpuad.autograd.node import Node, OutputNode
 from gpuad.autograd.saved import disable_saved_tensors_hooks, save_on_cpu, saved_tensors_hooks
-from gpuad.autograd.walk import GradientEdge
 from gpuad.errors import AutogradError
 from gpuad.tensor import Tensor
 

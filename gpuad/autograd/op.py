@@ -50,16 +50,19 @@ def function(
 
 
 class Interpreters:
-    """How many forward-mode levels and autocast regions are open; while none is, operands are taken as they are."""
+    """How many levels (forward mode, vmap) and autocast regions are open; while none is, operands are as they are."""
 
     active = 0
     # autocast.py puts its rule here: (op, inputs, params) -> result. It goes on to `dual`, of the same form, where
-    # forward.py puts its own, with (name, target, result) -> target and (roots, targets, weights, create_graph) ->
-    # gradients. An operation in place keeps the dtype of its target, and asks `dual` at once.
+    # interpret.py puts its own, with (name, target, result) -> target, (roots, targets, weights, create_graph) ->
+    # gradients, and (make, shape, device) -> random numbers; and function_levels.py: (Function, arguments) -> result.
+    # An operation in place keeps the dtype of its target, and asks `dual` at once.
     apply: Callable[..., Any]
     dual: Callable[..., Any]
     write: Callable[..., Any]
     grad: Callable[..., Any]
+    draw: Callable[..., Any]
+    function: Callable[..., Any]
 
 
 class Op:
@@ -116,6 +119,10 @@ class Op:
     def tangent(self, inputs: Sequence[Any], tangents: Sequence[Tensor | None], params: dict) -> tuple[Any, Any]:
         """Forward mode: the value and its tangent."""
         raise NotImplementedError(f"{self.name} has no forward-mode rule yet.")
+
+    def batch(self, batch: Any, inputs: Sequence[Any], params: dict) -> Any:
+        """vmap: the output(s) of all examples, along the first dimension; see batching.py."""
+        raise NotImplementedError(f"{self.name} has no batching rule.")
 
 
 def describe(x: Any) -> str:
@@ -274,3 +281,8 @@ def writable(name: str, target: Tensor) -> Any:
 def new_tensor(array: Any, device: Device) -> Tensor:
     """A fresh Tensor around a result."""
     return wrap(array, device)
+
+
+def random_tensor(make: Callable[[tuple[int, ...]], Any], shape: tuple[int, ...], device: Device) -> Tensor:
+    """make(shape) as a Tensor; inside vmap, of each example its own where `randomness` says so."""
+    return Interpreters.draw(make, shape, device) if Interpreters.active else wrap(make(shape), device)

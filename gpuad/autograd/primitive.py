@@ -23,6 +23,7 @@ from weakref import ref
 import numpy as np
 
 from gpuad.array.device import of_array
+from gpuad.autograd.batching import Batch, Rule, without_rule
 from gpuad.autograd.modes import state
 from gpuad.autograd.node import WRITTEN, Node
 from gpuad.autograd.op import NUMBERS, Interpreters, Op, as_operand, check_devices
@@ -109,6 +110,7 @@ class Primitive(Op):
     outputs: how many outputs; of several only the first `differentiable` take part in differentiation.
     moves: the output lies on the device in the parameter `device`.
     variadic: the inputs are one sequence of any length; the only rule, "inputs", returns a list.
+    batch: how vmap applies it to many examples at once, see batching.py; `shift` suits most.
     """
 
     def __init__(
@@ -125,9 +127,10 @@ class Primitive(Op):
         moves: bool = False,
         register: bool = True,
         autocast: str | None = None,
+        batch: Rule = without_rule,
     ) -> None:
         super().__init__(name, doc, samples, register, autocast)
-        self.forward = forward
+        self.forward, self.batch_rule = forward, batch
         parameters = list(inspect.signature(forward).parameters.values())[1:]
         self.names = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
         self.view, self.outputs, self.variadic, self.moves = view, outputs, variadic, moves
@@ -296,6 +299,9 @@ class Primitive(Op):
         elif first._data.dtype.kind == "f" and self.rules:
             raise NotImplementedError(f"{self.name} has no forward-mode rule; its jvp is not declared.")
         return (out, [total, *[None] * (self.outputs - 1)]) if self.outputs > 1 else (out, total)
+
+    def batch(self, batch: Batch, inputs: Sequence[Any], params: dict) -> Any:
+        return self.batch_rule(batch, self, inputs, params)
 
 
 primitive = Primitive

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from gpuad.autograd.batching import Batch
 from gpuad.autograd.elementwise import Elementwise
 from gpuad.autograd.modes import state
 from gpuad.autograd.node import Node
@@ -154,19 +156,30 @@ class Reduced(Elementwise):
             tangent: Any = full.of(full.outputs[count : count + 1], full.levels[:1])
             op = Elementwise(f"{self.name}_jvp", tangent, register=False)
             self._tangent_ops[moving] = op
-        scale: Any = 1.0
-        if params["mean"]:
-            if self.weighted:
-                weight: Any = self.term.of(self.term.outputs[1:2], ["row"])
-                weights = Elementwise(f"{self.name}_weight", weight, register=False)
-                # The weights come from the labels alone, so nothing moves in them.
-                scale = weights(*[x.detach() if isinstance(x, Tensor) else x for x in inputs]).sum()
-            else:
-                scale = 1.0
-        derivative = op(*inputs, scale, *[t for t in tangents if t is not None])
-        if params["mean"] and not self.weighted:
+        derivative = op(*inputs, 1.0, *[t for t in tangents if t is not None])
+        if not params["mean"]:
+            return value, derivative.sum()
+        if not self.weighted:
             return value, derivative.mean()
-        return value, derivative.sum()
+        # The weights come from the labels alone, so nothing moves in them.
+        weights = self.terms(*[x.detach() if isinstance(x, Tensor) else x for x in inputs])[1]
+        return value, derivative.sum() / weights.sum()
+
+    # vmap -------------------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def terms(self) -> Elementwise:
+        """The terms as an op of their own: (term, weight) with `weighted`, else the term."""
+        count = 2 if self.weighted else 1
+        formula: Any = self.term.of(self.term.outputs[:count], self.term.levels[:count])
+        return Elementwise(f"{self.name}_terms", formula, register=False)
+
+    def batch(self, batch: Batch, inputs: Sequence[Any], params: dict) -> Any:
+        terms = self.terms.batch(batch, inputs, {})
+        term = terms[0] if self.weighted else terms
+        axes = list(range(1, term.ndim))
+        total = (term.sum(axes) if not params["mean"] or self.weighted else term.mean(axes)) if axes else term
+        return total / terms[1].sum(axes) if params["mean"] and self.weighted else total
 
 
 def _scale(mean: bool, count: int) -> float:

@@ -1,4 +1,4 @@
-"""The reverse walk: gradients by falling node number, and what backward() and grad() do with them.
+"""The reverse walk: gradients by falling node number.
 
 Source: reverse accumulation, Griewank & Walther, "Evaluating Derivatives", 2nd ed., section 3.2. Node numbers grow
 with time, so taking the highest pending number first visits every node after all of its users: no recursion, and each
@@ -8,17 +8,15 @@ node once.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from heapq import heappop, heappush
-from typing import Any, NamedTuple
+from typing import Any
 
 from gpuad.array.host_memory import alone
 from gpuad.autograd import anomaly
 from gpuad.autograd.hooks import NodeHooks, hooked_leaves, run_output_hooks, run_tuple_hooks
 from gpuad.autograd.modes import state
 from gpuad.autograd.node import WRITTEN, Node, OutputNode
-from gpuad.autograd.op import Interpreters
-from gpuad.errors import AutogradError, DeviceError, ShapeError
 from gpuad.tensor import Tensor, wrap
 
 
@@ -32,6 +30,7 @@ class Walk:
 
     def __init__(self, recorded: bool, retain: bool, accumulate: bool) -> None:
         self.recorded, self.retain, self.accumulate = recorded, retain, accumulate
+        self.grad_mode = recorded  # whether what the rules compute is recorded; gradients may be Tensors without
         self.gradients: dict[Any, Any] = {}
         self.owned: set[Any] = set()  # whose gradient is a buffer made by this walk's own addition
         self.direct: dict[Tensor, Any] = {}  # leaves whose gradient is written straight into their buffer
@@ -49,7 +48,7 @@ class Walk:
     def drive(self, seeds: list[tuple[Any, Any]], targets: Any = None, needed: Any = None) -> None:
         """The whole pass from the seeds, (place, gradient) each, which it empties."""
         enabled, outer, autocast = state.enabled, state.walk, state.autocast
-        state.enabled, state.walk, state.autocast = self.recorded, self, None
+        state.enabled, state.walk, state.autocast = self.grad_mode, self, None
         try:
             if self.accumulate and hooked_leaves:
                 self._count_uses([place for place, _ in seeds], needed)
@@ -85,9 +84,9 @@ class Walk:
         elif self.recorded:
             gradients[to] = before + gradient
         elif to in self.owned:
-            _backend(to).add_into(before, gradient)
+            backend_of(to).add_into(before, gradient)
         else:
-            gradients[to] = _backend(to).add(before, gradient)
+            gradients[to] = backend_of(to).add(before, gradient)
             self.owned.add(to)
 
     def run(self, targets: dict[Any, None] | None = None, needed: set[Any] | None = None) -> None:
@@ -183,6 +182,9 @@ class Walk:
         if slots is None:
             slots = self.gradients[parent] = [None] * len(parent.info[2])
             heappush(self.heap, (-parent.number, parent))
+        before = slots[node.index]
+        if before is not None:  # an output that was saved stands on the tape a second time, see saved_tensor
+            gradient = before + gradient if self.recorded else node.device.backend.add(before, gradient)
         slots[node.index] = gradient
 
     def into(self, leaf: Tensor) -> tuple[Any, float] | None:
@@ -279,8 +281,8 @@ class Walk:
             if left == 1:
                 if parent in self.gradients:
                     last = {parent: self.gradients.pop(parent)}
-                    sole = not self.recorded and _sole(last)[parent]
-                    _hand(*self._finished(parent, last[parent], sole))
+                    only = not self.recorded and sole(last)[parent]
+                    _hand(*self._finished(parent, last[parent], only))
                 elif self.direct.pop(parent, None) is None:
                     continue
                 for hook in list(parent._post_hooks.values()):
@@ -289,8 +291,8 @@ class Walk:
     def finish_leaves(self) -> None:
         """Hand each leaf its gradient: to all of them, or after an error to none."""
         if self.gradients:
-            sole = {} if self.recorded else _sole(self.gradients)
-            finished = [self._finished(leaf, g, sole.get(leaf, False)) for leaf, g in self.gradients.items()]
+            alone_at = {} if self.recorded else sole(self.gradients)
+            finished = [self._finished(leaf, g, alone_at.get(leaf, False)) for leaf, g in self.gradients.items()]
             for leaf, made, added in finished:
                 _hand(leaf, made, added)
         leaves = [*self.direct, *self.gradients]
@@ -360,7 +362,7 @@ def _holders(gradients: dict[Any, Any]) -> dict[Any, int]:
 _SOLE = _holders({None: object()})[None]
 
 
-def _sole(gradients: dict[Any, Any]) -> dict[Any, bool]:
+def sole(gradients: dict[Any, Any]) -> dict[Any, bool]:
     """Which gradients nobody else holds: they may be kept and written later without a copy."""
     return {
         place: count == _SOLE and alone(gradients[place]) and gradients[place].flags.c_contiguous
@@ -374,201 +376,6 @@ def _fits(buffer: Tensor, leaf: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and buffer._device is leaf._device
 
 
-def _backend(at: Any) -> Any:
+def backend_of(at: Any) -> Any:
+    """The backend of a leaf or node."""
     return (at._device if isinstance(at, Tensor) else at.device).backend
-
-
-def _seed(root: Tensor | GradientEdge, gradient: Any, recorded: bool) -> Any:
-    """The incoming gradient of a root: given, or 1 for a scalar."""
-    if isinstance(root, GradientEdge):
-        if not isinstance(gradient, Tensor):
-            raise AutogradError(
-                "A walk from a gradient edge needs the gradient that arrives there; pass grad_tensors=."
-            )
-        return gradient if recorded else gradient._data
-    data = root._data
-    if not root._requires_grad:
-        raise AutogradError(
-            "backward() was called on a tensor that does not require grad: nothing it was computed from does. Call "
-            "x.requires_grad_() on an input first, and compute outside no_grad()."
-        )
-    if gradient is None:
-        if data.size != 1:
-            raise AutogradError(
-                f"backward() needs the gradient of a tensor with {data.size} elements (shape {tuple(data.shape)}); a "
-                "gradient of 1 is assumed for scalars only. Reduce it first, e.g. loss.sum().backward(), or pass "
-                "gradient=."
-            )
-        one = root._device.backend.ones_scalar(data.dtype)
-        seed = one if data.shape == () else one.reshape(data.shape)
-        return wrap(seed, root._device) if recorded else seed
-    if not isinstance(gradient, Tensor):
-        raise TypeError(f"gradient must be a Tensor or None, got {type(gradient).__name__}.")
-    if gradient._data.shape != data.shape:
-        raise ShapeError(
-            f"gradient has shape {tuple(gradient._data.shape)}, but the tensor it belongs to has {tuple(data.shape)}; "
-            "they must be equal."
-        )
-    if gradient._device is not root._device:
-        raise DeviceError(
-            f"gradient is on {gradient._device}, but the tensor it belongs to on {root._device}; move it with "
-            f'gradient.to("{root._device}").'
-        )
-    if gradient._data.dtype != data.dtype:
-        gradient = gradient.to(data.dtype)
-    return gradient if recorded else gradient._data
-
-
-class GradientEdge(NamedTuple):
-    """Where a tensor's gradient arrives, without the tensor: its node (or the leaf), and which output of the node."""
-
-    node: Any
-    output_nr: int
-
-
-def _as_list(x: Any) -> list[Any]:
-    return [x] if isinstance(x, (Tensor, GradientEdge)) else list(x)
-
-
-def _place(target: Tensor | GradientEdge) -> Any:
-    """Where a gradient gathers: the node, or the leaf itself."""
-    if isinstance(target, GradientEdge):
-        return target.node
-    return target if target._node is None else target._node
-
-
-def backward(
-    tensors: Any,
-    grad_tensors: Any = None,
-    retain_graph: bool | None = None,
-    create_graph: bool = False,
-    inputs: Any = None,
-) -> None:
-    """Accumulate the gradients of the tensors' (weighted) sum into the .grad of the leaves they depend on.
-
-    grad_tensors: the weights, shaped like the tensors; None means 1 for scalars. inputs: only these take a gradient;
-    one that is no leaf gets it too, as after retain_grad(). tensors and inputs may be edges (graph.get_gradient_edge).
-    Errors: AutogradError when nothing requires grad, when the graph was freed, or a saved tensor changed in place.
-    """
-    roots = _as_list(tensors)
-    weights = [None] * len(roots) if grad_tensors is None else _as_list(grad_tensors)
-    if len(weights) != len(roots):
-        raise AutogradError(f"backward() got {len(roots)} tensors and {len(weights)} gradients; give one for each.")
-    places = needed = None
-    if inputs is not None:
-        chosen = _as_list(inputs)
-        if not chosen:
-            raise AutogradError("backward() got no inputs; leave inputs out for all leaves, or name at least one.")
-        _check_targets("backward", chosen)
-        for target in chosen:
-            if isinstance(target, Tensor) and target._node is not None:
-                target.retain_grad()
-        places = dict.fromkeys(_place(t) for t in chosen)
-    walk = Walk(create_graph, create_graph if retain_graph is None else retain_graph, True)
-    seeds = [(_place(root), _seed(root, weight, create_graph)) for root, weight in zip(roots, weights)]
-    if places is not None:
-        needed = _leading_to([place for place, _ in seeds], places)
-        seeds = [seed for seed in seeds if seed[0] in needed or seed[0] in places]
-    walk.drive(seeds, places, needed)
-
-
-def _check_targets(name: str, targets: Sequence[Any]) -> None:
-    for i, target in enumerate(targets):
-        if isinstance(target, Tensor) and not target._requires_grad:
-            raise AutogradError(
-                f"{name}() cannot go to input {i}: it does not require grad. Call requires_grad_() on it."
-            )
-
-
-def grad(
-    outputs: Any,
-    inputs: Any,
-    grad_outputs: Any = None,
-    retain_graph: bool | None = None,
-    create_graph: bool = False,
-    allow_unused: bool | None = None,
-    is_grads_batched: bool = False,
-    materialize_grads: bool = False,
-) -> tuple[Tensor | None, ...]:
-    """The gradients of the outputs' (weighted) sum for the inputs, as a tuple; .grad is left alone.
-
-    create_graph records their computation, so that they can be differentiated again. An input that the outputs do not
-    depend on is an error, unless allow_unused (gives None) or materialize_grads (gives zeros). outputs and inputs may
-    be edges (graph.get_gradient_edge).
-    """
-    if is_grads_batched:
-        raise NotImplementedError("grad(is_grads_batched=True) is not there yet; loop over the gradients.")
-    if materialize_grads and allow_unused is False:
-        raise ValueError("grad() got materialize_grads=True, which gives zeros for unused inputs, and "
-                         "allow_unused=False, which refuses them; leave allow_unused out.")  # fmt: skip
-    roots, targets = _as_list(outputs), _as_list(inputs)
-    weights = [None] * len(roots) if grad_outputs is None else _as_list(grad_outputs)
-    if len(weights) != len(roots):
-        raise AutogradError(f"grad() got {len(roots)} outputs and {len(weights)} grad_outputs; give one for each.")
-    if not targets:
-        raise AutogradError("grad() got no inputs to differentiate for; name at least one.")
-    if Interpreters.active:
-        result = Interpreters.grad(roots, targets, weights, create_graph)
-        if result is not NotImplemented:
-            return result
-    _check_targets("grad", targets)
-    places: dict[Any, None] = dict.fromkeys(_place(t) for t in targets)
-    walk = Walk(create_graph, create_graph if retain_graph is None else retain_graph, False)
-    seeds = [(_place(root), _seed(root, weight, create_graph)) for root, weight in zip(roots, weights, strict=True)]
-    needed = _leading_to([place for place, _ in seeds], places)
-    walk.drive([seed for seed in seeds if seed[0] in needed or seed[0] in places], places, needed)
-    results: list[Tensor | None] = []
-    sole = {} if create_graph else _sole(walk.gradients)
-    handed: set[Any] = set()  # a target may be asked for twice
-    for i, target in enumerate(targets):
-        place = _place(target)
-        gradient = walk.gradients.get(place)
-        if gradient is None:
-            if materialize_grads and isinstance(target, Tensor):
-                results.append(wrap(_backend(target).full(target._data.shape, 0, target._data.dtype), target._device))
-                continue
-            if not allow_unused:
-                raise AutogradError(
-                    f"The outputs do not depend on input {i}, so it has no gradient; leave it out, or pass "
-                    "allow_unused=True (None) or materialize_grads=True (zeros)."
-                )
-            results.append(None)
-            continue
-        if not create_graph:
-            shared = not sole[place] or place in handed
-            handed.add(place)
-            device = place._device if isinstance(place, Tensor) else place.device
-            gradient = wrap(device.backend.copy(gradient) if shared else gradient, device)
-        results.append(gradient)
-    return tuple(results)
-
-
-def _leading_to(roots: Sequence[Any], targets: dict[Any, None]) -> set[Any]:
-    """The nodes reachable from the roots through which a target is reached."""
-    nodes: dict[Any, None] = {}
-    stack = [r for r in roots if isinstance(r, Node)]
-    while stack:
-        node = stack.pop()
-        if node in nodes:
-            continue
-        nodes[node] = None
-        stack.extend(p for p in node.parents if isinstance(p, Node) and p not in nodes)
-    needed: set[Any] = set()
-    for node in sorted(nodes, key=lambda n: n.number):
-        if any(p in targets or p in needed for p in node.parents if p is not None):
-            needed.add(node)
-    return needed
-
-
-def tensor_backward(
-    self: Tensor,
-    gradient: Tensor | None = None,
-    retain_graph: bool | None = None,
-    create_graph: bool = False,
-    inputs: Any = None,
-) -> None:
-    """Accumulate the gradients of this tensor into the .grad of the leaves it depends on; see autograd.backward."""
-    backward((self,), (gradient,), retain_graph, create_graph, inputs)
-
-
-Tensor.backward = tensor_backward  # type: ignore[method-assign]

@@ -7,7 +7,7 @@ from types import FrameType
 from typing import Any
 
 from gpuad.autograd.elementwise import Elementwise
-from gpuad.autograd.forward import Dual
+from gpuad.autograd.levels import Dual
 from gpuad.autograd.node import Node, OutputNode
 from gpuad.graph import formulas, walking
 from gpuad.graph.data import Edge, Graph, GraphNode

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 from typing import Any
 
-from gpuad.autograd.forward import Dual, _counting
+from gpuad.autograd.levels import Dual, counted
 from gpuad.autograd.modes import enable_grad, no_grad
 from gpuad.autograd.op import Interpreters, Op
 from gpuad.errors import AutogradError, ShapeError
@@ -38,12 +38,10 @@ class _Tracer:
         _tracing.acquire()
         self._rules = Interpreters.apply, Interpreters.write
         Interpreters.apply, Interpreters.write = self.apply, self.write
-        with _counting:
-            Interpreters.active += 1
+        counted(1)
 
     def __exit__(self, *exc: object) -> None:
-        with _counting:
-            Interpreters.active -= 1
+        counted(-1)
         apply, write = self._rules
         Interpreters.apply, Interpreters.write = staticmethod(apply), staticmethod(write)
         _tracing.release()

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gpuad.autograd.elementwise import Elementwise
+from gpuad.autograd.gradients import _place, _seed
 from gpuad.autograd.node import Node, OutputNode
-from gpuad.autograd.walk import Walk, _place, _seed
+from gpuad.autograd.walk import Walk
 from gpuad.errors import AutogradError
 from gpuad.tensor import Tensor, wrap
 

@@ -141,8 +141,9 @@ class Formula:
         kept = [self.inputs[i].level for i in derivative.inputs] + [self.levels[i] for i in derivative.outputs]
         return sum(level == "element" or not self.is_row for level in kept)
 
-    def _fresh(self, name: str, level: str = "element") -> Variable:
-        taken = {v.name for v in self.inputs}
+    def _fresh(self, name: str, level: str = "element", others: Iterable[Expr] = ()) -> Variable:
+        """A variable with a name that neither an input nor one of `others` has."""
+        taken = {v.name for v in (*self.inputs, *others)}
         while name in taken:
             name += "_"
         return variable(name, "number", level)
@@ -151,7 +152,9 @@ class Formula:
         """Values and tangents of the outputs, as a formula of all inputs and the tangents of the `moving` inputs."""
         found = self._jvp.get(moving)
         if found is None:
-            tangents = {self.inputs[i]: self._fresh(f"d{self.inputs[i].name}", self.inputs[i].level) for i in moving}
+            tangents: dict[Variable, Variable] = {}
+            for v in [self.inputs[i] for i in moving]:
+                tangents[v] = self._fresh(f"d{v.name}", v.level, tangents.values())
             results = derive.jvp(self.outputs, tangents)
             parameters = [*self.inputs, *tangents.values()]
             formula = Formula(f"{self.name}_jvp", parameters, [*self.outputs, *results], self.levels * 2)

@@ -8,6 +8,7 @@ import numpy as np
 
 from gpuad.array import dtypes, streams
 from gpuad.array.device import Device, as_device, of_array
+from gpuad.autograd.batching import shift
 from gpuad.autograd.op import function
 from gpuad.autograd.primitive import Primitive, linear, primitive
 from gpuad.errors import AutogradError
@@ -21,6 +22,7 @@ cast = primitive(
     jvp=linear,
     samples=[(S((3, 4)), {"dtype": dtypes.float64}), (S(()), {"dtype": dtypes.float64})],
     doc="The elements in another dtype.",
+    batch=shift,
 )
 
 
@@ -36,6 +38,7 @@ move: Primitive = primitive(
     jvp=linear,
     samples=[(S((3, 4)), {"source": HERE, "device": as_device("cpu")})],
     doc="A copy on another device.",
+    batch=shift,
     moves=True,
 )
 

@@ -11,7 +11,8 @@ import numpy as np
 from gpuad.array import dtypes, random
 from gpuad.array.device import as_device, of_array
 from gpuad.array.random import Generator
-from gpuad.autograd.op import function
+from gpuad.autograd.levels import open_batches
+from gpuad.autograd.op import Interpreters, function, random_tensor
 from gpuad.errors import DeviceError, DtypeError, ShapeError
 from gpuad.tensor import Tensor, wrap
 
@@ -315,7 +316,8 @@ def eye(n: int, m: int | None = None, *, dtype: Any = None, device: Any = None, 
 def _random(draw: Any, size: Sequence[Any], generator: Generator | None, dtype: Any, device: Any, grad: bool) -> Tensor:
     place = as_device(device)
     wanted = dtypes.get_default_dtype() if dtype is None else dtypes.as_dtype(dtype)
-    return _finish(draw(generator, _shape(size), wanted, device=place.index), place, grad)
+    made = random_tensor(lambda shape: draw(generator, shape, wanted, device=place.index), _shape(size), place)
+    return made.requires_grad_() if grad else made
 
 
 @function(method=False)
@@ -344,17 +346,28 @@ def randint(
         low, high, size = 0, low, high
     place = as_device(device)
     wanted = dtypes.int64 if dtype is None else dtypes.as_dtype(dtype)
-    drawn = random.integers(generator, _shape((size,)), low, high, np.dtype(np.int64), place.index)
-    return _finish(place.backend.cast(drawn, wanted), place, requires_grad)
+
+    def draw(shape: tuple[int, ...]) -> Any:
+        drawn = random.integers(generator, shape, low, high, np.dtype(np.int64), place.index)
+        return place.backend.cast(drawn, wanted)
+
+    made = random_tensor(draw, _shape((size,)), place)
+    return made.requires_grad_() if requires_grad else made
 
 
 @function(method=False)
 def randperm(n: int, *, generator: Generator | None = None, dtype: Any = None, device: Any = None) -> Tensor:
     """A random order of 0 … n − 1, int64."""
     place = as_device(device)
-    drawn = random.permutation(generator, n, place.index)
     wanted = dtypes.int64 if dtype is None else dtypes.as_dtype(dtype)
-    return wrap(place.backend.cast(drawn, wanted), place)
+
+    def draw(shape: tuple[int, ...]) -> Any:
+        if len(shape) == 1:
+            return place.backend.cast(random.permutation(generator, n, place.index), wanted)
+        orders = [draw((n,)) for _ in range(math.prod(shape[:-1]))]  # one for each example of vmap
+        return place.backend.xp.stack(orders).reshape(shape)
+
+    return random_tensor(draw, (n,), place)
 
 
 @function(method=False)
@@ -379,12 +392,16 @@ def normal(
     """Normal numbers of the given mean and standard deviation, of shape `size`."""
     place = as_device(device)
     wanted = dtypes.get_default_dtype() if dtype is None else dtypes.as_dtype(dtype)
-    return wrap(random.normal(generator, _shape((size,)), wanted, mean, std, place.index), place)
+    return random_tensor(
+        lambda shape: random.normal(generator, shape, wanted, mean, std, place.index), _shape((size,)), place
+    )
 
 
 @function(method=False)
 def bernoulli(input: Tensor, *, generator: Generator | None = None) -> Tensor:
     """1 with the probability that `input` gives, else 0; shape, dtype and device of `input`."""
+    if open_batches():
+        return (rand(input.shape, generator=generator, dtype=input.dtype, device=input.device) < input).to(input.dtype)
     data = input._data
     return wrap(random.bernoulli(generator, data, data.shape, data.dtype, input._device.index), input._device)
 
@@ -396,6 +413,11 @@ def _fill_method(draw: Any) -> Any:
 
         recording = state.enabled and self._requires_grad
         check_in_place(draw.__name__, self, self._data.dtype, self._data.shape, recording)
+        if Interpreters.active:
+            return self.copy_(random_tensor(
+                lambda shape: draw(generator, shape, self._data.dtype, a, b, self._device.index),
+                self._data.shape, self._device,
+            ))  # fmt: skip
         if recording:  # what was there before no longer counts
             drawn = draw(generator, self._data.shape, self._data.dtype, a, b, self._device.index)
             self[...] = wrap(drawn, self._device)

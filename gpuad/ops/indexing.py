@@ -6,11 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from gpuad.autograd.batching import shift
+from gpuad.autograd.levels import as_index, whole
 from gpuad.autograd.modes import state
 from gpuad.autograd.op import NUMBERS, Interpreters, check_devices, check_in_place, function, writable
 from gpuad.autograd.primitive import Primitive, linear, primitive
 from gpuad.autograd.views import moved
 from gpuad.errors import DtypeError, ShapeError
+from gpuad.ops import index_batching
 from gpuad.ops.reduction import Extreme, axis_of, sum_to_size
 from gpuad.ops.samples import Array, S
 from gpuad.tensor import Tensor, wrap
@@ -27,7 +30,7 @@ def _array_key(key: Any, input: Tensor) -> tuple[tuple, bool]:
                 check_devices("indexing", (input, part), ("input", "index"))
             if part._data.dtype.kind == "f":
                 raise DtypeError(f"An index must be integers or bools, got a {part.dtype} tensor; convert: i.long().")
-            part = part._data
+            part = as_index(part)
             basic = False
         elif isinstance(part, (list, np.ndarray, range)):
             part = np.asarray(part)
@@ -81,17 +84,18 @@ scatter_back = primitive(
         (S(()), {"shape": (3,), "key": (1,), "basic": True}),
     ],
     doc="Zeros with the input added at an index; repeated places add up.",
+    batch=index_batching.scatter_back,
 )
 slice_: Primitive = primitive(
     "slice", _read, vjp={"input": lambda g, input_shape, key: scatter_back(g, shape=input_shape, key=key, basic=True)},
-    jvp=linear, doc="A basic index: ints and slices, a view.", view=True,
+    jvp=linear, doc="A basic index: ints and slices, a view.", view=True, batch=index_batching.read_slice,
     samples=[(S((3, 4)), {"key": (1,)}), (S((3, 4)), {"key": (slice(None, None, 2), None, slice(1, 3))}),
              (S((2, 3, 4)), {"key": (Ellipsis, 2)}), (S((3, 4)), {"key": (slice(2, 2),)}), (S(()), {"key": ()})],
 )  # fmt: skip
 take: Primitive = primitive(
     "index", lambda backend, input, *, key: backend.read_at(input, key),
     vjp={"input": lambda g, input_shape, key: scatter_back(g, shape=input_shape, key=key, basic=False)},
-    jvp=linear, doc="An advanced index: integer or bool arrays, a copy.",
+    jvp=linear, doc="An advanced index: integer or bool arrays, a copy.", batch=index_batching.take,
     samples=[(S((3, 4)), {"key": (Array([2, 0, 2]),)}), (S((3, 4)), {"key": (slice(None), Array([[0, 1], [-1, 0]]))}),
              (S((3, 4)), {"key": (Array([0, 1]), Array([3, 3]))}), (S((3,)), {"key": (Array([True, False, True]),)})],
 )  # fmt: skip
@@ -129,7 +133,8 @@ def _check_bounds(self: Tensor, key: tuple) -> None:
             axis += self._data.ndim - consumed
             continue
         if hasattr(k, "dtype") and k.dtype.kind in "iu" and axis < self._data.ndim:
-            self._device.backend.check_index(k, self._data.shape[axis], "index")
+            array = whole(k) if isinstance(k, Tensor) else k
+            self._device.backend.check_index(array, self._data.shape[axis], "index")
         axis += k.ndim if hasattr(k, "dtype") and k.dtype.kind == "b" else 1
 
 
@@ -170,6 +175,7 @@ index_put_ = primitive(
         (S((3, 4)), 0.5, {"key": (Array([2, 0]), Array([1, 1])), "basic": False}),
     ],
     doc="The input with a value written at an index.",
+    batch=index_batching.index_put,
 )
 
 
@@ -275,6 +281,7 @@ gather_ = primitive(
         (S((2, 3)), {"index": Array([[0, 0], [2, 1]]), "dim": 1}),
     ],
     doc="Elements picked along a dimension.",
+    batch=index_batching.along_dim,
 )
 
 
@@ -294,6 +301,7 @@ scatter_add_: Primitive = primitive(
         (S((2, 2)), {"shape": (2, 3), "index": Array([[0, 0], [2, 1]]), "dim": 1}),
     ],
     doc="Zeros with elements added along a dimension.",
+    batch=index_batching.along_dim,
 )
 
 
@@ -304,30 +312,30 @@ def gather(input: Any, dim: int, index: Tensor) -> Any:
         raise ShapeError(f"gather() needs an index with {input.ndim} dimensions, got {index.ndim}.")
     check_devices("gather", (input, index), ("input", "index"))
     at = axis_of("gather", dim, input.ndim)
-    input._device.backend.check_index(index._data, input._data.shape[at], "gather index")
-    return gather_(input, index=index._data, dim=at)
+    input._device.backend.check_index(whole(index), input._data.shape[at], "gather index")
+    return gather_(input, index=as_index(index), dim=at)
 
 
 @function
 def scatter_add(input: Any, dim: int, index: Tensor, src: Any) -> Any:
     """input with src added at index along `dim`; repeated places add up."""
     at = axis_of("scatter_add", dim, input.ndim)
-    input._device.backend.check_index(index._data, input._data.shape[at], "scatter index")
+    input._device.backend.check_index(whole(index), input._data.shape[at], "scatter index")
     if src._data.shape != index._data.shape:
         src = src[tuple(slice(n) for n in index.shape)]
-    return input + scatter_add_(src, shape=input._data.shape, index=index._data, dim=at)
+    return input + scatter_add_(src, shape=input._data.shape, index=as_index(index), dim=at)
 
 
 @function
 def scatter(input: Any, dim: int, index: Tensor, src: Any) -> Any:
     """input with src (a tensor or number) written at index along `dim`."""
     at = axis_of("scatter", dim, input.ndim)
-    input._device.backend.check_index(index._data, input._data.shape[at], "scatter index")
+    input._device.backend.check_index(whole(index), input._data.shape[at], "scatter index")
     if isinstance(src, Tensor):
         src = src[tuple(slice(n) for n in index.shape)]
     else:
         src = input.new_full((), src)
-    key = _gather_key(input._device.backend, index._data, at)
+    key = _gather_key(input._device.backend, as_index(index), at)
     return index_put_(input, src, key=key, basic=False)
 
 
@@ -343,20 +351,29 @@ def nonzero(input: Any, as_tuple: bool = False) -> Any:
     return stack(found, 1) if found else input.new_zeros((0, 0), dtype="int64")
 
 
+def _argsort(backend: Any, input: Any, *, dim: int, descending: bool) -> Any:
+    xp = backend.xp
+    if descending:
+        order = xp.argsort(xp.flip(input, dim), axis=dim, kind="stable")
+        found = xp.flip(xp.subtract(input.shape[dim] - 1, order), dim)
+    else:
+        found = xp.argsort(input, axis=dim, kind="stable")
+    return backend.cast(found, np.dtype(np.int64))
+
+
+argsort_ = primitive(
+    "argsort", _argsort, doc="The order that sorts a dimension.", batch=shift,
+    samples=[(S((3, 4)), {"dim": 0, "descending": False}), (S((2, 3, 4)), {"dim": 1, "descending": True})],
+)  # fmt: skip
+
+
 @function
 def argsort(input: Any, dim: int = -1, descending: bool = False, stable: bool = False) -> Any:
     """The order that sorts `dim`, int64; always stable."""
     at = axis_of("argsort", dim, input.ndim)
-    xp = input._device.backend.xp
-    data = input._data
-    if not data.ndim:
-        return wrap(xp.zeros((), np.int64), input._device)
-    if descending:
-        order = xp.argsort(xp.flip(data, at), axis=at, kind="stable")
-        found = xp.flip(xp.subtract(data.shape[at] - 1, order), at)
-    else:
-        found = xp.argsort(data, axis=at, kind="stable")
-    return wrap(input._device.backend.cast(found, np.dtype(np.int64)), input._device)
+    if not input.ndim:
+        return input.new_zeros((), dtype="int64")
+    return argsort_(input, dim=at, descending=descending)
 
 
 @function
@@ -384,9 +401,8 @@ def one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
     """For each class index a row of zeros with a one at that class, int64; −1 takes the largest index + 1."""
     n = int(tensor.max().item()) + 1 if num_classes < 0 else num_classes
     backend = tensor._device.backend
-    backend.check_index(tensor._data, n, "class index", wrap_negative=False)
-    hot = backend.xp.equal(tensor._data[..., None], backend.xp.arange(n))
-    return wrap(backend.cast(hot, np.dtype(np.int64)), tensor._device)
+    backend.check_index(whole(tensor), n, "class index", wrap_negative=False)
+    return (tensor.unsqueeze(-1) == wrap(backend.xp.arange(n), tensor._device)).long()
 
 
 embedding_ = primitive(
@@ -396,6 +412,7 @@ embedding_ = primitive(
     jvp={"weight": lambda t, index, padding: take(t, key=(index,))},
     samples=[(S((4, 3)), {"index": Array([[0, 2], [2, 1]]), "padding": None})],
     doc="Rows of a matrix picked by their numbers.",
+    batch=index_batching.embedding,
 )
 
 
@@ -417,6 +434,6 @@ def embedding(input: Tensor, weight: Any, padding_idx: int | None = None) -> Any
     if input._data.dtype.kind not in "iu":
         raise DtypeError(f"embedding() takes integers, got {input.dtype}; convert them first: input.long().")
     rows = weight._data.shape[0]
-    weight._device.backend.check_index(input._data, rows, "embedding index", wrap_negative=False)
+    weight._device.backend.check_index(whole(input), rows, "embedding index", wrap_negative=False)
     padding = padding_idx + rows if padding_idx is not None and padding_idx < 0 else padding_idx
-    return embedding_(weight, index=input._data, padding=padding)
+    return embedding_(weight, index=as_index(input), padding=padding)

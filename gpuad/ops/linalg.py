@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from gpuad.array.device import of_array
+from gpuad.autograd.batching import Batch
 from gpuad.autograd.op import describe, function
 from gpuad.autograd.primitive import multilinear, primitive
 from gpuad.errors import DtypeError, ShapeError
@@ -54,6 +55,15 @@ def _sum_to(g: Any, shape: tuple[int, ...]) -> Any:
     return g if tuple(g.shape) == tuple(shape) else sum_to_size(g, shape)
 
 
+def _gemm_of_all(batch: Batch, op: Any, inputs: Any, params: dict) -> Any:
+    a, b = inputs
+    if a.ndim == b.ndim == 2 and not batch.has(b):  # one large product instead of many small ones
+        rows, inner = a._data.shape
+        return gemm(a.value.reshape((batch.size * rows, inner)), b).reshape((batch.size, rows, b.shape[1]))
+    ndim = max(a.ndim, b.ndim)
+    return gemm(batch.aligned(a, ndim), batch.aligned(b, ndim))
+
+
 # Matrices and stacks of matrices; vectors are made matrices by matmul() below.
 gemm = primitive(
     "gemm",
@@ -65,8 +75,7 @@ gemm = primitive(
     jvp=multilinear,
     samples=[(S((3, 4)), S((4, 5))), (S((2, 3, 4)), S((2, 4, 5))), (S((2, 1, 3, 4)), S((5, 4, 2))),
              (S((0, 4)), S((4, 5))), (S((3, 0)), S((0, 5)))],
-    doc="a @ b for matrices and stacks of matrices.",
-    autocast="lower",
+    doc="a @ b for matrices and stacks of matrices.", autocast="lower", batch=_gemm_of_all,
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from gpuad.array.device import of_array
+from gpuad.autograd.batching import Batch
 from gpuad.autograd.elementwise import Elementwise
 from gpuad.autograd.modes import state
 from gpuad.autograd.node import WRITTEN, Node, watched
@@ -128,7 +129,22 @@ linear_ = LinearOp(
     samples=[(S((3, 4)), S((5, 4)), S((5,))), (S((3, 4)), S((5, 4)), None), (S((0, 4)), S((5, 4)), S((5,)))],
     doc="x @ weight.T + bias for a matrix x.",
     autocast="lower",
+    batch=lambda batch, op, inputs, params: _linear_of_all(batch, *inputs),
 )
+
+
+def _linear_of_all(batch: Batch, x: Any, weight: Any, bias: Any) -> Any:
+    if batch.has(weight):
+        y = gemm(batch.aligned(x, 2), mT(weight.value))
+    else:
+        rows, inner = x._data.shape
+        own = batch.has(x)
+        flat = x.value.reshape((batch.size * rows, inner)) if own else x
+        y = linear_(flat, weight, None if batch.has(bias) else bias)
+        y = y.reshape((batch.size, rows, weight.shape[0])) if own else y
+        if not batch.has(bias):
+            return y
+    return y if bias is None else y + batch.aligned(bias, 2)
 
 
 def _product(g: Any, x: Any, into: Any) -> Any:

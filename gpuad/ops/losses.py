@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gpuad.autograd.elementwise import Elementwise, elementwise
+from gpuad.autograd.levels import whole
 from gpuad.autograd.op import as_operand, check_devices, describe, function
 from gpuad.autograd.reduced import Reduced
 from gpuad.errors import DtypeError, ShapeError
@@ -266,7 +267,7 @@ def cross_entropy(
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing is between 0 and 1, got {label_smoothing}.")
     rows, labels = _as_rows(input, target)
-    valid = input._device.backend.check_labels(labels._data, rows._data.shape[1], ignore_index)
+    valid = input._device.backend.check_labels(whole(labels), rows._data.shape[1], ignore_index)
     if weight is None and not label_smoothing and reduction != "none":
         mean = _is_mean(reduction)
         return ce_plain(rows, labels, mean=mean) if valid else ce_masked(rows, labels, ignore_index, mean=mean)
@@ -312,7 +313,7 @@ def nll_loss(input: Any, target: Any, weight: Any = None, ignore_index: int = -1
     """−input[target] for rows of log-probabilities; arguments as of cross_entropy."""
     _check_labels("nll_loss", input, target, weight)
     rows, labels = _as_rows(input, target)
-    input._device.backend.check_labels(labels._data, rows._data.shape[1], ignore_index)
+    input._device.backend.check_labels(whole(labels), rows._data.shape[1], ignore_index)
     if weight is None and reduction != "none":
         return nll_masked(rows, labels, ignore_index, mean=_is_mean(reduction))
     loss, total = _nll(rows, labels, weight, ignore_index)

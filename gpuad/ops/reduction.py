@@ -11,6 +11,7 @@ import numpy as np
 from gpuad.array import dtypes
 from gpuad.array.device import of_array
 from gpuad.autograd.autocast import widened
+from gpuad.autograd.batching import shift
 from gpuad.autograd.elementwise import broadcast_axes, elementwise
 from gpuad.autograd.op import function
 from gpuad.autograd.primitive import Primitive, linear, primitive
@@ -18,7 +19,7 @@ from gpuad.errors import DtypeError, ShapeError
 from gpuad.kernels import scalar as f
 from gpuad.ops.arithmetic import eq, maximum, minimum
 from gpuad.ops.samples import S, reductions
-from gpuad.tensor import Tensor, wrap
+from gpuad.tensor import Tensor
 
 
 def axes_of(name: str, dim: Any, ndim: int) -> tuple[int, ...]:
@@ -71,6 +72,7 @@ sum_ = primitive(
     samples=reductions(),
     doc="The sum over axes.",
     autocast="float32",
+    batch=shift,
 )
 mean_ = primitive(
     "mean",
@@ -79,6 +81,7 @@ mean_ = primitive(
     jvp=linear,
     samples=reductions(scale=0.25),
     doc="The mean over axes.",
+    batch=shift,
 )
 
 
@@ -146,6 +149,7 @@ def _extreme(name: str) -> Any:
         jvp={"input": jvp_rule},
         samples=reductions(empty=False),
         doc=f"The {'largest' if name == 'amax' else 'smallest'} element over axes.",
+        batch=shift,
     )
 
 
@@ -191,39 +195,44 @@ class Extreme(tuple):
         return self[1]
 
 
-def _arg(name: str, input: Tensor, dim: Any, keepdim: bool) -> Tensor:
-    data = input._data
-    xp = input._device.backend.xp
+def _index_of(name: str) -> Primitive:
+    return primitive(
+        name,
+        lambda backend, input, *, dim: backend.xp.asarray(getattr(backend.xp, name)(input, axis=dim), dtype=np.int64),
+        samples=[(S((3, 4)), {"dim": 0}), (S((2, 3, 4)), {"dim": 1})],
+        doc=f"Where the {'largest' if name == 'argmax' else 'smallest'} element along a dimension is.",
+        batch=shift,
+    )
+
+
+argmax_, argmin_ = _index_of("argmax"), _index_of("argmin")
+
+
+def _arg(op: Primitive, input: Tensor, dim: Any, keepdim: bool) -> Tensor:
     if dim is None:
-        _not_empty(name, input, tuple(range(data.ndim)))
-        found = getattr(xp, name)(data)
-        result = xp.asarray(found, dtype=np.int64)
-        return _wrap(result.reshape((1,) * data.ndim) if keepdim else result, input)
-    axis = axis_of(name, dim, data.ndim)
-    _not_empty(name, input, (axis,))
-    if not data.ndim:
-        return _wrap(xp.zeros((), np.int64), input)
-    found = getattr(xp, name)(data, axis=axis)
-    found = xp.asarray(found, dtype=np.int64)
-    return _wrap(xp.expand_dims(found, axis) if keepdim else found, input)
-
-
-def _wrap(array: Any, like: Tensor) -> Tensor:
-    return wrap(array, like._device)
+        _not_empty(op.name, input, tuple(range(input.ndim)))
+        found = op(input.reshape((-1,)), dim=0)
+        return found.reshape((1,) * input.ndim) if keepdim else found
+    axis = axis_of(op.name, dim, input.ndim)
+    _not_empty(op.name, input, (axis,))
+    if not input.ndim:
+        return input.new_zeros((), dtype="int64")
+    found = op(input, dim=axis)
+    return found.unsqueeze(axis) if keepdim else found
 
 
 @function
 def argmax(input: Any, dim: Any = None, keepdim: bool = False, *, axis: Any = None, keepdims: Any = None) -> Any:
     """The index of the (first) largest element over `dim`, or in the flattened tensor; int64."""
     dim, keepdim = _named(dim, keepdim, axis, keepdims)
-    return _arg("argmax", input, dim, keepdim)
+    return _arg(argmax_, input, dim, keepdim)
 
 
 @function
 def argmin(input: Any, dim: Any = None, keepdim: bool = False, *, axis: Any = None, keepdims: Any = None) -> Any:
     """The index of the (first) smallest element over `dim`, or in the flattened tensor; int64."""
     dim, keepdim = _named(dim, keepdim, axis, keepdims)
-    return _arg("argmin", input, dim, keepdim)
+    return _arg(argmin_, input, dim, keepdim)
 
 
 def _select(name: str, whole: Any, arg: Any, pair: Any) -> Any:
@@ -286,6 +295,7 @@ prod_ = primitive(
     samples=[(S((3, 4)), {"axes": (0,), "keepdims": False}), (S((2, 3, 4)), {"axes": (1,), "keepdims": True})],
     doc="The product over one axis.",
     autocast="float32",
+    batch=shift,
 )
 
 
@@ -389,7 +399,7 @@ cumsum_: Primitive = primitive(
     "cumsum", _cumsum, vjp={"input": lambda g, dim, reverse: cumsum_(g, dim=dim, reverse=not reverse)}, jvp=linear,
     samples=[(S((3, 4)), {"dim": 0, "reverse": False}), (S((2, 3, 4)), {"dim": 1, "reverse": True}),
              (S((0, 3)), {"dim": 1, "reverse": False})],
-    doc="Sums of all elements up to each, along a dimension.", autocast="float32",
+    doc="Sums of all elements up to each, along a dimension.", autocast="float32", batch=shift,
 )  # fmt: skip
 
 
@@ -401,20 +411,31 @@ def cumsum(input: Any, dim: Any, *, dtype: Any = None) -> Any:
     return input if not input.ndim else cumsum_(input, dim=axis_of("cumsum", dim, input.ndim), reverse=False)
 
 
+def _test_of(name: str, doc: str) -> Primitive:
+    return primitive(
+        name,
+        lambda backend, input, *, axes, keepdims: backend.xp.asarray(
+            getattr(backend.xp, name)(input, axis=axes, keepdims=keepdims)
+        ),
+        samples=reductions(),
+        doc=doc,
+        batch=shift,
+    )
+
+
+all_, any_ = _test_of("all", "Whether all elements are nonzero."), _test_of("any", "Whether an element is nonzero.")
+
+
 @function
 def all(input: Any, dim: Any = None, keepdim: bool = False) -> Any:
     """Whether all elements (over `dim`) are nonzero, bool."""
-    axes = axes_of("all", dim, input.ndim)
-    backend = input._device.backend
-    return _wrap(backend.xp.asarray(backend.xp.all(input._data, axis=axes, keepdims=keepdim)), input)
+    return all_(input, axes=axes_of("all", dim, input.ndim), keepdims=keepdim)
 
 
 @function
 def any(input: Any, dim: Any = None, keepdim: bool = False) -> Any:
     """Whether an element (over `dim`) is nonzero, bool."""
-    axes = axes_of("any", dim, input.ndim)
-    backend = input._device.backend
-    return _wrap(backend.xp.asarray(backend.xp.any(input._data, axis=axes, keepdims=keepdim)), input)
+    return any_(input, axes=axes_of("any", dim, input.ndim), keepdims=keepdim)
 
 
 @function

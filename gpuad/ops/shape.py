@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from gpuad.autograd.batching import Batch, shift
+from gpuad.autograd.levels import Logical
 from gpuad.autograd.op import check_devices, describe, function
 from gpuad.autograd.primitive import Primitive, linear, primitive
 from gpuad.autograd.views import follow, put
@@ -54,6 +56,7 @@ reshape_ = primitive(
         (S((0, 3)), {"shape": (3, 0)}),
     ],
     doc="The same elements in another shape.",
+    batch=shift,
     view=True,
 )
 
@@ -74,11 +77,14 @@ def reshape(input: Any, *shape: Any) -> Any:
 def _shares(a: Any, b: Any) -> bool:
     if isinstance(a, np.ndarray):
         return np.may_share_memory(a, b)
+    if isinstance(a, Logical):
+        return True  # inside vmap: what is shared is the business of the tensor of all examples
     return a.data.mem is b.data.mem
 
 
 alias = primitive("alias", lambda backend, input: input[...], vjp={"input": lambda g: g}, jvp=linear, view=True,
-                  samples=[(S((3, 4)),), (S(()),), (S((0, 3)),)], doc="The same memory as another tensor.")  # fmt: skip
+                  samples=[(S((3, 4)),), (S(()),), (S((0, 3)),)], doc="The same memory as another tensor.",
+                  batch=shift)  # fmt: skip
 
 
 @function
@@ -142,6 +148,7 @@ permute_ = primitive(
     jvp=linear,
     samples=[(S((3, 4)), {"dims": (1, 0)}), (S((2, 3, 4)), {"dims": (2, 0, 1)}), (S(()), {"dims": ()})],
     doc="The dimensions in another order.",
+    batch=lambda batch, op, inputs, params: op(inputs[0].value, dims=(0, *(d + 1 for d in params["dims"]))),
     view=True,
 )
 
@@ -204,6 +211,9 @@ expand_ = primitive(
         (S((1, 3)), {"shape": (0, 3)}),
     ],
     doc="Dimensions of length 1 repeated without a copy.",
+    batch=lambda batch, op, inputs, params: op(
+        batch.aligned(inputs[0], len(params["shape"])), shape=(batch.size, *params["shape"])
+    ),
     view=True,
 )
 
@@ -290,7 +300,7 @@ def contiguous(input: Any) -> Any:
 
 clone_ = primitive("clone", lambda backend, input: backend.copy(input), vjp={"input": lambda g: g}, jvp=linear,
                    samples=[(S((3, 4)),), (S(()),), (S((0, 3)),)],
-                   doc="A copy that is differentiated through.")  # fmt: skip
+                   doc="A copy that is differentiated through.", batch=shift)  # fmt: skip
 function(clone_, name="clone")
 clone = clone_
 
@@ -335,6 +345,7 @@ narrow_ = primitive(
     jvp=linear,
     samples=[(S((3, 4)), {"dim": 1, "start": 1, "length": 2}), (S((3, 4)), {"dim": 0, "start": 3, "length": 0})],
     doc="A stretch of one dimension.",
+    batch=shift,
     view=True,
 )
 
@@ -355,6 +366,7 @@ pad_: Primitive = primitive(
         (S((0, 4)), {"shape": (3, 4), "dim": 0, "start": 1}),
     ],
     doc="Zeros of a shape with the input as a stretch of one dimension.",
+    batch=shift,
 )
 
 
@@ -420,6 +432,7 @@ cat_ = primitive(
     jvp=linear,
     samples=[(S((3, 4)), S((3, 2)), {"dim": 1}), (S((2,)), S((0,)), S((3,)), {"dim": 0}), (S((3, 4)), {"dim": 0})],
     doc="Tensors joined along a dimension.",
+    batch=shift,
     variadic=True,
 )
 
@@ -493,6 +506,7 @@ flip_: Primitive = primitive(
     jvp=linear,
     samples=[(S((3, 4)), {"dims": (0,)}), (S((2, 3, 4)), {"dims": (0, 2)})],
     doc="The order of entries reversed.",
+    batch=shift,
 )
 
 
@@ -509,6 +523,7 @@ roll_: Primitive = primitive(
     jvp=linear,
     samples=[(S((3, 4)), {"shifts": (1,), "dims": (0,)}), (S((3, 4)), {"shifts": (2, -1), "dims": (0, 1)})],
     doc="Entries shifted around.",
+    batch=shift,
 )
 
 
@@ -530,6 +545,7 @@ def _triangle(name: str, other: str, doc: str) -> Any:
         jvp=linear,
         samples=[(S((3, 4)), {"diagonal": 0}), (S((2, 3, 3)), {"diagonal": -1}), (S((4, 3)), {"diagonal": 1})],
         doc=doc,
+        batch=shift,
     )
 
     def public(input: Any, diagonal: int = 0) -> Any:
@@ -553,6 +569,7 @@ diagonal_ = primitive(
     samples=[(S((3, 4)), {"offset": 0}), (S((2, 3, 4)), {"offset": 1}), (S((4, 3)), {"offset": -2})],
     doc="The diagonal of matrices.",
     view=True,
+    batch=shift,
 )
 
 
@@ -572,7 +589,7 @@ def _diagonal_scatter(backend: Any, input: Any, *, shape: tuple[int, ...], offse
 
 diagonal_scatter_: Primitive = primitive(
     "diagonal_embed", _diagonal_scatter,
-    vjp={"input": lambda g, offset: diagonal_(g, offset=offset)}, jvp=linear, doc="Zeros with a diagonal.",
+    vjp={"input": lambda g, offset: diagonal_(g, offset=offset)}, jvp=linear, doc="Zeros with a diagonal.", batch=shift,
     samples=[(S((3,)), {"shape": (3, 4), "offset": 0}), (S((2, 3)), {"shape": (2, 3, 4), "offset": 1})],
 )  # fmt: skip
 
@@ -581,6 +598,20 @@ diagonal_scatter_: Primitive = primitive(
 def diagonal(input: Any, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Any:
     """The diagonal of the matrices in dimensions dim1 and dim2, as the last dimension: a view."""
     return diagonal_(movedim(input, (dim1, dim2), (-2, -1)), offset=offset)
+
+
+def _put_of_all(batch: Batch, op: Any, inputs: Any, params: dict) -> Any:
+    """The places of the view in one example, as an index into the flattened rest of all."""
+    from gpuad.ops.indexing import index_put_
+
+    input, value = inputs
+    shape = input._data.shape
+    places = follow(np.arange(math.prod(shape)).reshape(shape), params["chain"]).reshape(-1)
+    index = input._device.backend.asarray(places)
+    if isinstance(value, Tensor):
+        value = batch.front(value).reshape((batch.size, places.size))
+    flat = batch.front(input).reshape((batch.size, math.prod(shape)))
+    return index_put_(flat, value, key=(slice(None), index), basic=False).reshape((batch.size, *shape))
 
 
 # What a tensor becomes when one of its views is changed in place; see gpuad/autograd/views.py.
@@ -602,6 +633,7 @@ view_put: Primitive = primitive(
         (S(()), S((1,)), {"chain": (("reshape", {"shape": (1,)}),), "order": ()}),
     ],
     doc="The input with a value at a view of it: what a tensor becomes when one of its views is changed in place.",
+    batch=_put_of_all,
 )  # fmt: skip
 
 

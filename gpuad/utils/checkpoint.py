@@ -16,7 +16,7 @@ from typing import Any
 
 from gpuad.array.random import default_generator
 from gpuad.autograd.autocast import resumed
-from gpuad.autograd.forward import Dual, Reopened, depth, make_dual
+from gpuad.autograd.levels import Dual, make_dual, open_levels, reopened
 from gpuad.autograd.modes import enable_grad, is_grad_enabled, state
 from gpuad.autograd.node import Node
 from gpuad.autograd.saved import saved_tensors_hooks
@@ -101,7 +101,7 @@ class _Frame:
         self.function = function
         self.arguments = _mapped(_kept, (args, kwargs))
         self.random = default_generator.get_state() if preserve_rng_state else None
-        self.depth = depth()
+        self.levels = open_levels()
         self.autocast = state.autocast
         self.check = check
         self.holders: list[weakref.ref[_Holder]] = []
@@ -154,8 +154,8 @@ class _Frame:
             default_generator.set_state(self.random)
         try:
             with ExitStack() as contexts:
-                if self.depth:
-                    contexts.enter_context(Reopened(self.depth))
+                if self.levels:
+                    contexts.enter_context(reopened(self.levels))
                 if self.autocast is not None:
                     contexts.enter_context(resumed(self.autocast))
                 contexts.enter_context(enable_grad())
