@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import threading
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,7 @@ class HostMemory:
 
     def _take(self, size: int) -> np.ndarray | None:
         buffers = self._buffers.setdefault(size, [])
+        buffer: Any
         for buffer in buffers:
             if sys.getrefcount(buffer) == self._idle:
                 return buffer
@@ -80,6 +82,7 @@ class HostMemory:
     def _measure(self) -> None:
         """What the counts are for a buffer that nothing uses, and one with a single array: interpreters differ."""
         buffers = [np.empty(4, np.uint8)]
+        buffer: Any
         for buffer in buffers:
             self._idle = sys.getrefcount(buffer)
         buffer = None

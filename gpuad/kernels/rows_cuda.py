@@ -354,7 +354,8 @@ class RowKernel:
             call += [total, cupy.ndarray((2 * grid,), compute), last_block.counters(), *settings]
             made = [total, *made]
         if self.checks:
-            address, code = of_array(made[0]).backend.fault("class index")
+            backend: Any = of_array(made[0]).backend
+            address, code = backend.fault("class index")
             call += [np.uint64(address), np.int32(code)]
         call += [np.int64(rows), np.int64(columns)]
         kernel((grid,), block, tuple(call), shared_mem=0 if warp else block[0] * compute.itemsize)

@@ -83,7 +83,8 @@ class LinearOp(Primitive):
 def _input_gradient(backend: Any, gradient: Any, weight: Any, parent: Any, walk: Any) -> Any:
     """g @ weight; past an activation in one product, and then WRITTEN."""
     if type(parent) is EpilogueNode and walk.passes(parent):
-        bias = parent.parents[0].parents[2]
+        before: Any = parent.parents[0]
+        bias = before.parents[2]
         found = backend.input_gradient(gradient, weight, parent.kept, bias is not None, walk.room(bias))
         if found is not None:
             walk.pass_by(parent, *found)
@@ -113,7 +114,7 @@ def _linear(backend: Any, x: Any, weight: Any, bias: Any) -> Any:
 
 
 # x @ weight.T + bias on matrices; linear() below flattens what comes before the last dimension.
-linear_ = LinearOp(
+linear_: LinearOp = LinearOp(
     "linear",
     _linear,
     vjp={
@@ -194,7 +195,8 @@ class LinearActivation(Op):
         self.activation, self.op = activation, op
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        backend, device = input._device.backend, input._device
+        device = input._device
+        backend: Any = device.backend
         tensors = (input, weight) if bias is None else (input, weight, bias)
         wanted = tuple([i for i, t in enumerate(tensors) if t._requires_grad]) if state.enabled else ()
         arrays = [t._data for t in tensors] + [None] * (3 - len(tensors))
