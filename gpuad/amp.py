@@ -12,6 +12,7 @@ from gpuad.array.device import Device
 from gpuad.autograd.autocast import autocast, custom_bwd, custom_fwd
 from gpuad.autograd.modes import no_grad
 from gpuad.errors import DtypeError
+from gpuad.ops import many
 from gpuad.ops.arithmetic import where
 from gpuad.ops.fuse import fuse
 from gpuad.tensor import Tensor, wrap
@@ -138,9 +139,7 @@ class GradScaler:
         for device, by_dtype in gradients.items():
             scale, flag = self._scale_on(device), _number(0, device)
             for same in by_dtype.values():
-                device.backend.unscale([g._data for g in same], scale._data, flag._data)
-                for g in same:
-                    g._cell[0] += 1
+                many.unscale_(same, scale, flag)
             found[device] = flag
         return found
 

@@ -33,7 +33,7 @@ class Formula(Protocol):
 # The methods that give the device something to run, a kernel, program, product or copy each: what the profiler counts.
 RUNNING = ("elementwise", "reduce", "sum", "row_total", "add", "add_into", "cast", "copy", "full", "gemm",
            "linear_activation", "weight_gradient", "input_gradient", "read_at", "add_at", "check_index", "receive",
-           "norm", "clip", "unscale", "update")  # fmt: skip
+           "run", "update")  # fmt: skip
 
 
 class Backend:
@@ -252,17 +252,6 @@ class Backend:
         """Whether a 0-d array is not 0, or None where the host would have to wait for it."""
         raise NotImplementedError
 
-    def norm(self, arrays: Sequence[Any], order: float) -> Any:
-        """(Σ |x|ᵖ)^(1/p) over all elements of arrays of one dtype, p = order; 0-d, float32 for float16."""
-        raise NotImplementedError
-
-    def clip(self, arrays: Sequence[Any], max_norm: float, total: Any) -> None:
-        """Multiply arrays of one dtype in place by min(1, max_norm / (total + 1e-6)); total: 0-d."""
-        raise NotImplementedError
-
-    def unscale(self, arrays: Sequence[Any], scale: Any, found: Any) -> None:
-        """Divide arrays of one dtype by `scale`, in place; `found` becomes 1 where an element is not finite.
-
-        scale, found: 0-d, float32.
-        """
-        raise NotImplementedError
+    def run(self, function: Callable, *arguments: Any) -> Any:
+        """Call a function of gpuad.kernels that starts something on arrays of this device."""
+        return function(*arguments)

@@ -345,22 +345,8 @@ class CupyBackend(Backend):
         return None
 
     @_here
-    def norm(self, arrays: Sequence[Any], order: float) -> Any:
-        from gpuad.kernels import norm_cuda
-
-        return norm_cuda.norm(arrays, order)
-
-    @_here
-    def clip(self, arrays: Sequence[Any], max_norm: float, total: Any) -> None:
-        from gpuad.kernels import norm_cuda
-
-        norm_cuda.clip(arrays, max_norm, total)
-
-    @_here
-    def unscale(self, arrays: Sequence[Any], scale: Any, found: Any) -> None:
-        from gpuad.kernels.unscale_cuda import unscale
-
-        unscale(arrays, scale, found)
+    def run(self, function: Callable, *arguments: Any) -> Any:
+        return function(*arguments)
 
     # Indices ----------------------------------------------------------------------------------------------------------
 

@@ -112,22 +112,6 @@ class NumpyBackend(Backend):
     def peek(self, flag: np.ndarray) -> bool | None:
         return bool(flag)
 
-    def norm(self, arrays: Sequence[np.ndarray], order: float) -> np.ndarray:
-        real = np.dtype(np.float32) if arrays[0].dtype == np.float16 else arrays[0].dtype
-        norms = [np.linalg.norm(array.astype(real, copy=False).reshape(-1), order) for array in arrays]
-        return np.asarray(np.linalg.norm(np.array(norms, real), order), real)
-
-    def clip(self, arrays: Sequence[np.ndarray], max_norm: float, total: np.ndarray) -> None:
-        factor = min(1.0, max_norm / (float(total) + 1e-6)) if total == total else float(total)
-        for array in arrays:
-            np.multiply(array, array.dtype.type(factor), out=array)
-
-    def unscale(self, arrays: Sequence[np.ndarray], scale: np.ndarray, found: np.ndarray) -> None:
-        for array in arrays:
-            if not np.isfinite(array).all():
-                found[...] = 1
-            np.multiply(array, array.dtype.type(1 / float(scale)), out=array)
-
     def check_index(self, index: np.ndarray, length: int, what: str, wrap_negative: bool = True) -> None:
         indices.check(index, length, what, wrap_negative)
 

@@ -6,7 +6,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gpuad.array.device import Device
+from gpuad.kernels import many_cuda, many_numpy
 from gpuad.tensor import Tensor, wrap
+
+_KERNELS: dict[str, Any] = {"numpy": many_numpy, "cuda": many_cuda}
+
+
+def _run(name: str, device: Device, *arguments: Any) -> Any:
+    backend = device.backend
+    return backend.run(getattr(_KERNELS[backend.language], name), *arguments)
 
 
 def _groups(tensors: Iterable[Tensor]) -> list[tuple[Device, list[Any]]]:
@@ -26,19 +34,28 @@ def total_norm(tensors: Sequence[Tensor], order: float) -> Tensor:
     if not order > 0:
         raise ValueError(f"A total norm has a positive order, or inf; got {order}.")
     groups = _groups(tensors)
-    norms = [wrap(device.backend.norm(arrays, order), device) for device, arrays in groups]
+    norms = [wrap(_run("norm", device, arrays, order), device) for device, arrays in groups]
     first = norms[0]
     if len(norms) == 1:
         return first
     widest = max((n.dtype for n in norms), key=lambda dtype: dtype.itemsize)
     moved = [n.detach().to(first.device, widest)._data.reshape(1) for n in norms]
-    backend = first._device.backend
-    return wrap(backend.norm(moved, order), first._device)
+    return wrap(_run("norm", first._device, moved, order), first._device)
 
 
 def clip_to_norm_(tensors: Sequence[Tensor], max_norm: float, total: Tensor) -> None:
     """Multiply the tensors in place by min(1, max_norm / (total + 1e-6)); total: 0-d, on any device."""
     for device, arrays in _groups(tensors):
-        device.backend.clip(arrays, float(max_norm), total.detach().to(device)._data)
+        _run("clip", device, arrays, float(max_norm), total.detach().to(device)._data)
+    for tensor in tensors:
+        tensor._cell[0] += 1
+
+
+def unscale_(tensors: Sequence[Tensor], scale: Tensor, found: Tensor) -> None:
+    """Divide tensors of one device and dtype by `scale`, in place; `found` becomes 1 where an element is not finite.
+
+    scale, found: 0-d, float32, on that device.
+    """
+    _run("unscale", tensors[0]._device, [t._data for t in tensors], scale._data, found._data)
     for tensor in tensors:
         tensor._cell[0] += 1

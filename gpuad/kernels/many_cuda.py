@@ -1,4 +1,4 @@
-"""The norm of many arrays together, and many arrays scaled by a number on the device: one CUDA launch each.
+"""Many arrays of one CUDA device and dtype together, one launch each: their norm, and scaling by a number there.
 
 Like an update (update_cuda.py) the kernels walk a table of lengths and pointers; the norm's last block adds up what
 all blocks have left (last_block.py).
@@ -83,6 +83,29 @@ gpuad_clip({table} table, const int rows, const {T} max_norm, const {norm}* norm
 }}
 """
 )
+_UNSCALE = (
+    _HEAD
+    + r"""
+extern "C" __global__ void __launch_bounds__({threads})
+gpuad_unscale({table} table, const int rows, const float* scale, float* found) {{
+"""
+    + _START
+    + r"""
+  const {T} inverse = ({T})1 / ({T})*scale;
+  bool bad = false;
+  #pragma unroll
+  for (int k = 0; k < {each}; ++k) {{
+    const long long i = start + k * {threads};
+    if (i < length) {{
+      const {T} value = ({T})x[i];
+      bad = bad || !gpuad_isfinite(value);
+      x[i] = ({stored})(value * inverse);
+    }}
+  }}
+  if (bad) *found = 1.0f;
+}}
+"""
+)
 # By the order: how a term and the root of the sum are made of v, and how two terms are joined.
 _ORDERS = {
     1.0: ("fabs(v)", "v", "a + b"),
@@ -127,6 +150,23 @@ def clip(arrays: Sequence[Any], max_norm: float, total: Any) -> None:
             x[...] = once
 
 
+def unscale(arrays: Sequence[Any], scale: Any, found: Any) -> None:
+    """Divide arrays of one dtype by `scale`, in place; `found` becomes 1 where an element is not finite.
+
+    scale, found: 0-d, float32, on the device. One launch, and three more for each array that has gaps.
+    """
+    import cupy
+
+    table = _table(tuple([(g.size, g.data.ptr) for g in arrays if _is_packed(g)]))
+    if table.rows:
+        kernel = _unscale_kernel(arrays[0].dtype, table.by_value)
+        kernel((table.blocks,), (THREADS,), (table.words, np.int32(table.rows), scale, found))
+    for g in arrays:
+        if not _is_packed(g):
+            cupy.maximum(found, ~cupy.isfinite(g).all(), found)
+            cupy.divide(g, scale, g)
+
+
 @functools.lru_cache(32)
 def _table(rows: tuple[tuple[int, int], ...]) -> Table:
     """Gradients keep their places from step to step, so a table that must lie on the device is written once."""
@@ -161,3 +201,10 @@ def _clip_kernel(dtype: np.dtype, norm: np.dtype, by_value: bool) -> Any:
 
     fields = _fields(dtype, by_value)
     return cupy.RawKernel(_CLIP.format(**fields, norm=C_TYPES[norm.name]), "gpuad_clip")
+
+
+@functools.cache
+def _unscale_kernel(dtype: np.dtype, by_value: bool) -> Any:
+    import cupy
+
+    return cupy.RawKernel(_UNSCALE.format(**_fields(dtype, by_value)), "gpuad_unscale")
