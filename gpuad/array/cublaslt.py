@@ -36,6 +36,9 @@ _TRANSA, _TRANSB, _EPILOGUE, _BIAS_POINTER, _AUX_POINTER, _AUX_LD = 3, 4, 7, 8, 
 # cublasLtMatmulPreferenceAttributes_t: workspace bytes, least alignment of a, b, c, d
 _MAX_WORKSPACE, _ALIGNMENTS = 1, (5, 6, 7, 8)
 
+_BIAS_ALIGNMENT = 16  # bytes; what PyTorch too sees to before it calls cublasLtMatmul
+_NOT_TAKEN = (7, 15)  # CUBLAS_STATUS_INVALID_VALUE, CUBLAS_STATUS_NOT_SUPPORTED
+
 lt: Any = None
 cupy: Any = None
 _looked = False
@@ -100,7 +103,7 @@ def linear(x: Any, weight: Any, bias: Any, activation: str | None, keep: bool, t
 
     x: (m, k). weight: (n, k). bias: (n,) or None, contiguous. Returns (m, n), of the dtype of x.
     """
-    if bias is not None and not bias.flags.c_contiguous:
+    if bias is not None and not (bias.flags.c_contiguous and bias.data.ptr % _BIAS_ALIGNMENT == 0):
         return None
     epilogue, saved = 1, None
     out = cupy.ndarray((x.shape[0], weight.shape[0]), x.dtype)
@@ -179,11 +182,17 @@ def _matmul(epilogue: int, a: Any, b: Any, out: Any, beta: float, bias: Any, sav
     scalars: Any = _thread.scalars64 if itemsize == 8 else _thread.scalars32
     scalars[0], scalars[1] = 1.0, beta
     alpha_at = ctypes.addressof(scalars)
-    lt.matmul(
-        _handle(device), plan.description, alpha_at, pointers[1], plan.a, pointers[0], plan.b,
-        alpha_at + ctypes.sizeof(scalars) // 2, pointers[2], plan.out, pointers[2], plan.out,
-        plan.algorithm.ctypes.data, workspace.ptr, WORKSPACE, stream,
-    )  # fmt: skip
+    try:
+        lt.matmul(
+            _handle(device), plan.description, alpha_at, pointers[1], plan.a, pointers[0], plan.b,
+            alpha_at + ctypes.sizeof(scalars) // 2, pointers[2], plan.out, pointers[2], plan.out,
+            plan.algorithm.ctypes.data, workspace.ptr, WORKSPACE, stream,
+        )  # fmt: skip
+    except lt.cuBLASLtError as error:  # found by the heuristic, and not taken after all: nothing was started
+        if error.status not in _NOT_TAKEN:
+            raise
+        plans[key] = None
+        return False
     return True
 
 
