@@ -47,6 +47,12 @@ def fused(device):
     return device.backend.epilogues
 
 
+@pytest.fixture
+def fused_on_cuda(cuda_device):
+    if not cuda_device.backend.epilogues:
+        pytest.skip("nvmath-python finds no cuBLASLt here")
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -202,3 +208,46 @@ def test_forward_mode_goes_by_the_two_operations(device):
     h = 1e-6
     expected = (model(x + h) - model(x - h)) / (2 * h)
     np.testing.assert_allclose(tangent.detach().cpu().numpy(), expected.detach().cpu().numpy(), atol=1e-7)
+
+
+@pytest.mark.parametrize("take", [lambda b: b[1:7], lambda b: b[::2][:6]], ids=["off alignment", "with gaps"])
+def test_a_bias_that_no_epilogue_takes(device, take):
+    found = []
+    for place in ("cpu", device):
+        long = gpuad.arange(16, device=place).to(gpuad.float64).sin().requires_grad_()
+        weight = gpuad.arange(30, device=place).reshape(6, 5).to(gpuad.float64).cos().requires_grad_()
+        x = batch(place)
+        bias = take(long)
+        y = F.linear_activation(x, weight, bias, "relu")
+        y = F.linear(x, weight, bias).relu() if y is None else y
+        y.square().sum().backward()
+        found.append([y.detach().cpu().numpy(), long.grad.cpu().numpy(), weight.grad.cpu().numpy()])
+    close(found[1], found[0])
+
+
+def test_a_product_that_the_library_refuses_after_all(cuda_device, fused_on_cuda, monkeypatch):
+    """The heuristic found an algorithm, the call does not take it: the plain way is gone, then and later."""
+    from gpuad.array import cublaslt
+
+    class Refused(Exception):
+        status = 15
+
+    class Stub:
+        cuBLASLtError = Refused  # noqa: N815  (nvmath's name)
+        calls = 0
+
+        def __getattr__(self, name):
+            return getattr(real, name)
+
+        def matmul(self, *arguments):
+            Stub.calls += 1
+            raise Refused
+
+    real = cublaslt.lt
+    monkeypatch.setattr(cublaslt, "lt", Stub())
+    monkeypatch.setattr(cublaslt._thread, "plans", {})
+    expected = network("cpu", "relu")(batch("cpu"))
+    for _ in range(2):
+        found = network(cuda_device, "relu")(batch(cuda_device))
+        close([found.detach().cpu().numpy()], [expected.detach().numpy()])
+    assert Stub.calls == 5  # two layers with and, as plain ones, without relu, and the last: once each, no more
