@@ -28,6 +28,10 @@ SHORT = 64
 _ones: dict[Any, np.ndarray] = {}
 _ranges: dict[tuple[int, int], np.ndarray] = {}
 
+# Up to so many elements whole arrays are fastest; larger ones go in blocks of rows (measured on rows of 64 to 32000).
+WHOLE = 262144
+BLOCK = 32768
+
 
 def _row_sum(x: np.ndarray, columns: int) -> np.ndarray:
     if x.shape[1] != columns:
@@ -199,11 +203,11 @@ class RowProgram:
             prepared[i] = prepared[i].item()
         if not rows or not columns:
             return [np.zeros(self._shape(i, shape), self.formula.out_dtype(i, dtype)) for i in range(len(self.outputs))]
-        if rows * columns <= 4 * elementwise.BLOCK:
+        if rows * columns <= WHOLE:
             results = program(columns, *prepared, dtype)
             return [self._finish(r, i, shape, dtype) for i, r in enumerate(results)]
         made = [memory.empty(self._shape(i, shape), self.formula.out_dtype(i, dtype)) for i in range(len(self.outputs))]
-        step = max(1, elementwise.BLOCK // columns)
+        step = max(1, BLOCK // columns)
 
         def work(start: int, stop: int) -> None:
             for i in range(start, stop, step):

@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpuad.kernels.expr import Expr
-from gpuad.kernels.numpy_program import BLOCK, SCRATCH, _Writer, lower, parallel
+from gpuad.kernels.numpy_program import SCRATCH, _Writer, lower, parallel
 from gpuad.kernels.scalar import maximum, minimum, where
 
 if TYPE_CHECKING:
     from gpuad.kernels.update import Update
+
+# Elements in a block of a large parameter: as many parts as keep two threads busy with matrices of 512 x 512.
+BLOCK = 131072
 
 
 class NumpyUpdate:
