@@ -22,6 +22,7 @@ from gpuad import nn, optim
 from gpuad.array import random
 from gpuad.autograd import grad
 from gpuad.autograd.forward import jvp
+from gpuad.ops import many
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_ops import EVERYTHING, Case
@@ -140,7 +141,28 @@ def network(dtype: str) -> None:
     x = gpuad.zeros(5, 4, device="cuda", dtype=dtype)
     loss = nn.CrossEntropyLoss(weight=gpuad.ones(3, device="cuda", dtype=dtype), label_smoothing=0.1)
     loss(model(x), gpuad.zeros(5, device="cuda", dtype=gpuad.int64)).backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for order in (1.0, 2.0, 3.0, float("inf")):
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0, order)
+    long_rows(dtype)
+    many_gradients(dtype)
+
+
+def long_rows(dtype: str) -> None:
+    """Rows that a block of threads reduces together, and additions at indices in a fixed order."""
+    rows = gpuad.zeros(2, 2000, device="cuda", dtype=dtype, requires_grad=True)
+    labels = gpuad.zeros(2, device="cuda", dtype=gpuad.int64)
+    gpuad.use_deterministic_algorithms(True)
+    (rows.softmax(1)[labels].sum() + nn.functional.cross_entropy(rows, labels)).backward()
+    gpuad.use_deterministic_algorithms(False)
+    nn.functional.layer_norm(rows, (2000,)).sum().backward()
+
+
+def many_gradients(dtype: str) -> None:
+    """More gradients than a table in a kernel's arguments has rows, clipped and unscaled."""
+    tensors = [gpuad.zeros(3, device="cuda", dtype=dtype) for _ in range(200)]
+    many.clip_to_norm_(tensors, 1.0, many.total_norm(tensors, 2.0))
+    for some in (tensors, tensors[:3]):
+        many.unscale_(some, gpuad.ones((), device="cuda"), gpuad.zeros((), device="cuda"))
 
 
 def draws() -> None:
