@@ -266,11 +266,14 @@ class Updater:
             if (
                 entry is None
                 or entry.data() is not data
-                or entry.grad() is not grad
                 or entry.update is not update
                 or (entry.held and not entry.holds(state.get(p)))
             ):
                 entry = self._prepare(p, g, group, setting, state)
+            elif entry.grad() is not grad:
+                _check_gradient(p, g)
+                entry.grad = weakref.ref(grad)
+                entry.prepared = entry.batch.program.prepare((data, grad, *entry.arrays))
             if entry.count is not None:
                 step = entry.count.item() + 1.0
                 counted.append((entry.count, step, p._device))

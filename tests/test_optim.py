@@ -798,6 +798,25 @@ def test_a_step_is_one_launch(make, count, cuda_device, counts):
     assert r.copies("h2d") == r.copies("d2h") == r.copies("d2d") == (0, 0)
 
 
+def test_a_long_table_is_written_without_a_copy(cuda_device, counts):
+    """200 parameters are more than a kernel's arguments hold; gradients that moved are written anew by kernels."""
+    parameters = tensors(cuda_device, shapes=[(5,)] * 200)
+    optimizer = optim.SGD(parameters, lr=0.5, momentum=0.9)
+    for _ in range(2):
+        held = [p.grad for p in parameters]  # so that the new ones lie elsewhere
+        for p in parameters:
+            p.grad = gpuad.ones_like(p)
+        with counts() as r:
+            optimizer.step()
+        del held
+    assert r.stats["kernels"]["gpuad_update_SGD"] == 1 and set(r.stats["kernels"]) == {
+        "gpuad_update_SGD", "gpuad_write_table",
+    }  # fmt: skip
+    assert not r.syncs and not r.stats["copies"]
+    expected = array(tensors(cuda_device, shapes=[(5,)] * 200)[199]) - 0.5 - 0.5 * 1.9
+    np.testing.assert_allclose(array(parameters[199]), expected, rtol=1e-5)
+
+
 def test_groups_and_devices_share_launches(cuda_device, counts):
     """Groups with other numbers are one launch; another formula, dtype or device is another."""
     parameters = tensors(cuda_device, shapes=[(10,)] * 4)

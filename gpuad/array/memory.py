@@ -8,18 +8,16 @@ once. gpuad holds references in these places only:
   collector has to run: memory is back as soon as the last name is gone.
 - a Node holds what its op saved, until Walk.run has passed it (unless retain_graph) or the last tensor that it led to
   is gone. The walk holds a gradient until its op has been walked.
-- zero_grad leaves a gradient's buffer at its leaf (`_grad_buffer`) for the next backward; a backward that fails puts
-  it back there.
+- zero_grad leaves the buffer of a gradient below 1 MiB at its leaf (`_grad_buffer`) for the next backward; a backward
+  that fails puts it back there. Larger ones go to the pool, so that a step's peak is no higher than PyTorch's.
 - optimiser state lives in optimizer.state, as long as the optimiser or its entry does. An Updater looks at arrays
   through weak references only. A table of pointers too long for a kernel's arguments is kept until it changes.
 - a backend keeps for each dtype the number 1 that backward passes start from; cuBLAS keeps its workspace.
 
 What is freed stays in CuPy's pool until gpuad.cuda.empty_cache(), or until an allocation would fail without it.
 
-Gradient buffers that wait for a backward are a cache too. While there is memory they save allocations, at a peak that
-is higher by what is not yet written of them when the activations are largest. When there is no memory left, the
-backend's methods let go of them, empty CuPy's cache and run once more (they allocate before they write, so they can):
-a step needs no more than with gradients that are freed, as PyTorch's zero_grad does. If that fails too,
+When there is no memory left, the backend's methods let go of the buffers that wait, empty CuPy's cache and run once
+more (they allocate before they write, so they can). If that fails too,
 gpuad.cuda.OutOfMemoryError goes up. A failed forward changes no tensor but the generator's
 counter and what ran to its end before, a failed backward no .grad, a failed optimiser step neither parameters nor
 state, so that each can be repeated once memory is free. An exception keeps the frames that it went through, and they

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from gpuad.array.host_memory import alone
+from gpuad.array.host_memory import LARGE, alone
 from gpuad.tensor import Tensor, wrap
 
 
 def zero_grad(tensors: Iterable[Tensor], set_to_none: bool = True) -> None:
     """Set the .grad of each tensor to None, or to zero in place.
 
-    With set_to_none the next backward writes into the same buffer, so gradients cost no allocation from step to step.
-    A gradient that is held elsewhere too (`g = p.grad`, a view or the array of it) is let go of instead: it stays as it
-    is.
+    With set_to_none the next backward writes into the same buffer, so small gradients cost nothing but their kernels
+    from step to step. Large ones (1 MiB) are let go: the forward pass may need the memory, and takes it from a pool. So
+    are those that are held elsewhere too (`g = p.grad`, a view or the array of it): they stay as they are.
     """
     for tensor in tensors:
         grad = tensor._grad
@@ -25,7 +25,13 @@ def zero_grad(tensors: Iterable[Tensor], set_to_none: bool = True) -> None:
             continue
         if not set_to_none:
             _fill_with_zero(tensor, grad)
-        elif grad._node is None and not grad._requires_grad and _holders(grad) == _SOLE and alone(grad._data):
+        elif (
+            grad._node is None
+            and not grad._requires_grad
+            and grad._data.nbytes < LARGE
+            and _holders(grad) == _SOLE
+            and alone(grad._data)
+        ):
             tensor._grad_buffer = grad
             tensor._grad = None
         else:

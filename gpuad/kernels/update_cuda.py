@@ -11,6 +11,7 @@ numbers are then depends on how many steps were skipped, so they too may lie on 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -201,6 +202,30 @@ class Table:
             self.words = np.zeros((), [("word", np.uint64, TABLE_WORDS)])
             self.words["word"][: flat.size] = flat
         else:
-            import cupy
+            self.words = _on_device(flat)
 
-            self.words = cupy.asarray(flat)
+
+def _on_device(words: np.ndarray) -> Any:
+    """Words in device memory, written by kernels that get them as arguments: no copy from the host, no wait."""
+    import cupy
+
+    made = cupy.ndarray(words.shape, np.uint64)
+    part = np.zeros((), [("word", np.uint64, TABLE_WORDS)])
+    for first in range(0, words.size, TABLE_WORDS):
+        count = min(TABLE_WORDS, words.size - first)
+        part["word"][:count] = words[first : first + count]
+        _writer()((1,), (THREADS,), (made[first:], part, np.int32(count)))
+    return made
+
+
+@functools.cache
+def _writer() -> Any:
+    import cupy
+
+    source = f"""
+struct Words {{ unsigned long long word[{TABLE_WORDS}]; }};
+extern "C" __global__ void gpuad_write_table(unsigned long long* table, const Words words, const int count) {{
+  for (int i = threadIdx.x; i < count; i += blockDim.x) table[i] = words.word[i];
+}}
+"""
+    return cupy.RawKernel(source, "gpuad_write_table")
