@@ -99,7 +99,7 @@ def suspended(level: int) -> Iterator[None]:
 class Dual(Tensor):
     """A primal and its tangent at one level; everything a Tensor can do, differentiated forwards."""
 
-    __slots__ = ("primal", "tangent", "level")
+    __slots__ = ()  # so that a tensor can become one in place
 
     primal: Tensor
     tangent: Tensor
@@ -128,7 +128,7 @@ def make_dual(primal: Tensor, tangent: Tensor, level: int) -> Dual:
 class Batched(Tensor):
     """One example of many, inside vmap: `value` has them all, along a first dimension that operations do not see."""
 
-    __slots__ = ("value", "level")
+    __slots__ = ()
 
     value: Tensor
     level: int
