@@ -62,10 +62,10 @@ def backwards(f, v):
 MIXES = ["fff", "ffb", "fbf", "fbb", "bff", "bfb", "bbf", "bbb"]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.cuda)], indirect=True)
 @pytest.mark.parametrize("op", EVERYTHING, ids=ident)
-def test_third_derivatives_agree_in_every_mix_of_modes(op):
+def test_third_derivatives_agree_in_every_mix_of_modes(op, device):
     """D³f[v, w, z], each of the three by forward (f) or reverse mode (b), and finite differences of the second."""
-    device = gpuad.device("cpu")
     case = Case(op, op.samples[0], device)
     leaves = case.leaves(False)
     outs = [y for y in case.smooth(*case.leaves()) if y.requires_grad] if leaves else []

@@ -120,8 +120,8 @@ def hessian(func: Callable, argnums: int | tuple[int, ...] = 0) -> Callable:
 def hvp(function: Callable, primals: Any, tangents: Any) -> Any:
     """The Hessian of `function` (to one number) at primals times tangents, without making the Hessian.
 
-    H v = ∇(∇f · v): the gradient of the derivative along v, which forward mode gives. The other order, forward mode over
-    the gradient, is the same number and computes the gradient itself besides, which nobody asked for.
+    H v = ∇(∇f · v): the gradient of the derivative along v, which forward mode gives. The other order, forward mode
+    over the gradient, gives the same and computes the gradient itself besides, which nobody asked for.
 
     primals: a Tensor or nested Tensors, the one argument of `function`; a tuple holds several arguments. Returns what
     is structured like primals. Costs less than three gradients: of the products of a network 8 instead of 3 a layer.
