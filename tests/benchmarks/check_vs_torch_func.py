@@ -1,6 +1,7 @@
 """The transforms of functions against torch.func and jax: the same functions, the same numbers.
 
-    python -m venv other && other/bin/pip install torch jax . && other/bin/python tests/benchmarks/check_vs_torch_func.py
+    pip install torch jax .     # in an environment of its own
+    python tests/benchmarks/check_vs_torch_func.py
 
 Prints the largest difference of each answer, relative to its largest element, and exits with 1 where one is above the
 tolerance. Not part of the suite, which needs neither.
@@ -37,7 +38,8 @@ TORCH = SimpleNamespace(
 JAX = SimpleNamespace(
     name="jax", m=jax.numpy, array=jax.numpy.asarray, host=np.asarray, grad=jax.grad,
     value_and_grad=jax.value_and_grad, vjp=jax.vjp, jvp=jax.jvp, jacrev=jax.jacrev, jacfwd=jax.jacfwd,
-    hessian=jax.hessian, vmap=jax.vmap, linearize=jax.linearize, hvp=lambda f, x, v: jax.jvp(jax.grad(f), (x,), (v,))[1],
+    hessian=jax.hessian, vmap=jax.vmap, linearize=jax.linearize,
+    hvp=lambda f, x, v: jax.jvp(jax.grad(f), (x,), (v,))[1],
 )  # fmt: skip
 
 RNG = np.random.default_rng(0)
@@ -67,7 +69,7 @@ def leaves(tree):
     return [x for v in tree for x in leaves(v)] if isinstance(tree, (list, tuple)) else [tree]
 
 
-# Functions to one number, and to several, of a vector -------------------------------------------------------------------
+# Functions to one number, and to several, of a vector ------------------------------------------------------------------
 
 
 SCALARS = {
