@@ -499,6 +499,8 @@ WRONG = {
     "a wrong factor: the derivative should be 2 times": half,
     "a missing term": lambda x: x.detach() * 3 + 0 * x,
     "a non-smooth point": lambda x: (x - 0.5).abs(),
+    "not the same at every call": lambda x: x * gpuad.rand(2, dtype=F64),
+    "the function gives float32 of float64 inputs": lambda x: x.float().sin(),
 }
 
 

@@ -69,7 +69,7 @@ def leaves(tree):
     return [x for v in tree for x in leaves(v)] if isinstance(tree, (list, tuple)) else [tree]
 
 
-# Functions to one number, and to several, of a vector ------------------------------------------------------------------
+# Functions to one number, and to several, of a vector -----------------------------------------------------------------
 
 
 SCALARS = {
