@@ -73,8 +73,8 @@ class _Check:
 
     def cause(self, got: float, expected: float, directions: Sequence[np.ndarray], out: int, at: Any) -> str:
         """The likely cause of a difference, in words."""
-        twice = [_host(self.outputs(self.variables)[out]) for _ in range(2)]
-        if not np.array_equal(*twice, equal_nan=True):
+        once, again = (_host(self.outputs(self.variables)[out]) for _ in range(2))
+        if not np.array_equal(once, again, equal_nan=True):
             return "a function that is not the same at every call, such as one with random numbers in it"
         if not np.isfinite(got):
             return "the computed derivative is not finite: 0 · inf or a division by zero in the rule"

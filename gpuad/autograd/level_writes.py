@@ -86,4 +86,4 @@ def _require(self: Any, requires_grad: bool) -> None:
 
 Interpreters.write = staticmethod(write)
 for kind in (Dual, Batched):
-    kind.requires_grad = property(Tensor.requires_grad.fget, _require)  # type: ignore[attr-defined, method-assign]
+    kind.requires_grad = property(Tensor.requires_grad.fget, _require)  # type: ignore[assignment, attr-defined]
