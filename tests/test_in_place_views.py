@@ -403,6 +403,7 @@ def test_a_plain_tensor_takes_tangents_in_place(device):
     value, tangent = gpuad.func.jvp(f, (x,), (v,))
     assert values_of(value) == [2.0, 1.0, 2.0] and values_of(tangent) == [10.0 + 2 * 3, 3.0 + 3, 4.0 + 2 * 3]
     assert values_of(buffer) == [2.0, 1.0, 2.0]
+    assert type(buffer) is gpuad.Tensor  # the level is closed
     assert values_of(buffer * 2) == [4.0, 2.0, 4.0]
     with pytest.raises(ShapeError, match="expanded tensor"):
         gpuad.func.jvp(lambda x: x.sum().expand(2).mul_(x), (x,), (v,))

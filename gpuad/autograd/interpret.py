@@ -23,6 +23,7 @@ from gpuad.autograd.levels import (
     unpack,
 )
 from gpuad.autograd.op import Interpreters, Op
+from gpuad.autograd.views import prune
 from gpuad.errors import AutogradError
 from gpuad.tensor import Tensor, wrap
 
@@ -68,6 +69,8 @@ def _view_of(made: Tensor, op: Op, source: Tensor, params: dict) -> Tensor:
     """A result as a view of the operand, so that a change in place of one reaches the other (level_writes.py)."""
     made._view, made._cell = (op, source, params), source._cell
     source._cell.append(ref(made))
+    if len(source._cell) > 64:
+        prune(source._cell)
     return made
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 from weakref import ref
 
-from gpuad.autograd.levels import Batched, Dual, level_of, make_dual, whole
+from gpuad.autograd.levels import Batched, Dual, become, level_of, make_dual, open_levels, whole
 from gpuad.autograd.modes import state
 from gpuad.autograd.op import Interpreters, check_in_place, functions, table, writable
 from gpuad.autograd.variables import settled, variable
@@ -38,18 +38,22 @@ def write(name: str, target: Tensor, result: Tensor) -> Tensor:
             "place, or start from one that has them, e.g. gpuad.zeros_like(x)."
         )
     views = [view for view in (reference() for reference in base._cell[1:]) if view is not None]
-    if not level_of(base):
+    was_plain = not level_of(base)
+    if was_plain:
         result = _through_memory(name, base, result)
-    _take(base, result)
+    become(base, result)
     base._cell, base._view = [base._cell[0]], None
     fresh = {id(base)}
     for view in views:
         op, source, params = view._view
         if id(source) in fresh and op is not None:
-            _take(view, op(source, **params))
+            become(view, op(source, **params))
             view._cell, view._view = base._cell, (op, source, params)
             base._cell.append(ref(view))
             fresh.add(id(view))
+    if was_plain:
+        for level in open_levels().values():
+            level.moved += [ref(x) for x in (base, *views)]
     return target
 
 
@@ -69,19 +73,12 @@ def _through_memory(name: str, target: Tensor, result: Any) -> Any:
     return made
 
 
-def _take(target: Tensor, result: Any) -> None:
-    target.__class__ = type(result)
-    for slot in ("_data", "_cell", "_node", "_requires_grad"):
-        setattr(target, slot, getattr(result, slot))
-    target.__dict__.update(result.__dict__)
-
-
 def _require(self: Any, requires_grad: bool) -> None:
     """Set requires_grad: the tensor becomes a leaf of its own; what it was made of, outside, is left alone."""
     if requires_grad == self._requires_grad or self._node is not None:
         Tensor.requires_grad.fset(self, requires_grad)  # type: ignore[attr-defined]
     else:
-        _take(self, variable(self) if requires_grad else settled(self))
+        become(self, variable(self) if requires_grad else settled(self))
 
 
 Interpreters.write = staticmethod(write)
