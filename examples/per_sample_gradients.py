@@ -1,14 +1,13 @@
-"""The gradient of each example, all at once, by vmap over grad: which digits pull hardest on a network.
+"""The gradient of each example by itself, all at once: which digits pull hardest on a network.
 
     python examples/per_sample_gradients.py [--device cpu] [--examples 256]
 
-A sum over the batch is what backward() gives; here each example's own gradient is there, for clipping (differential
-privacy), for noise estimates, or to see which examples the network finds hard.
+backward() gives the mean over a batch. vmap(grad(loss)) gives every example's own gradient, in a few batched
+operations: for clipping (differential privacy), to estimate noise, or to see what the network finds hard.
 """
 
 import argparse
 
-import numpy as np
 from sklearn.datasets import load_digits
 
 import gpuad
@@ -27,7 +26,6 @@ def main():
     x = gpuad.tensor(digits.data[: arguments.examples] / 16, dtype="float32", device=arguments.device)
     y = gpuad.tensor(digits.target[: arguments.examples], device=arguments.device)
     model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10)).to(arguments.device)
-
     optimizer = optim.Adam(model.parameters(), lr=0.01)
     for _ in range(30):
         optimizer.zero_grad()
@@ -35,24 +33,23 @@ def main():
         optimizer.step()
 
     def loss(parameters, x, y):
-        return nn.functional.cross_entropy(functional_call(model, parameters, (x,)), y)
+        """That of one example, as a function of the parameters."""
+        return nn.functional.cross_entropy(functional_call(model, parameters, x), y)
 
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    each = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, x, y)
-    for name, g in each.items():
-        print(f"{name:<10} {tuple(parameters[name].shape)!s:<10} one gradient for each example: {tuple(g.shape)}")
+    gradients = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, x, y)
+    for name, g in gradients.items():
+        print(f"{name}: {tuple(parameters[name].shape)}, its gradients {tuple(g.shape)}")
 
     optimizer.zero_grad()
     nn.functional.cross_entropy(model(x), y).backward()
-    worst = max((each[name].mean(0) - p.grad).abs().max().item() for name, p in model.named_parameters())
-    print(f"their mean and backward()'s gradient: largest difference {worst:.1e}")
+    worst = max((gradients[name].mean(0) - p.grad).abs().max().item() for name, p in model.named_parameters())
+    print(f"their mean and the gradient by backward(): largest difference {worst:.1e}")
 
-    squares = sum(g.square().reshape(len(x), -1).sum(1) for g in each.values())
-    norms = squares.sqrt().cpu().numpy()
-    hardest = np.argsort(-norms)[:5]
-    print(f"norms from {norms.min():.2e} to {norms.max():.2e}; the hardest examples:")
-    for i in hardest:
-        print(f"  example {i:>3}, a {digits.target[i]}: {norms[i]:.2f}")
+    norms = sum(g.square().flatten(1).sum(1) for g in gradients.values()).sqrt()
+    print(f"norms from {norms.min().item():.2e} to {norms.max().item():.2e}; the hardest examples:")
+    for norm, i in zip(*(each.tolist() for each in norms.topk(5)), strict=True):
+        print(f"  example {i:>3}, a {y[i].item()}: {norm:.2f}")
 
 
 if __name__ == "__main__":

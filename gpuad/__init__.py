@@ -38,6 +38,7 @@ from gpuad.autograd.modes import (
     no_grad,
     set_grad_enabled,
 )
+from gpuad.autograd.vmap import vmap
 from gpuad.cuda import get_float32_matmul_precision, set_float32_matmul_precision
 from gpuad.errors import OutOfMemoryError
 from gpuad.kernels.numpy_program import get_num_threads, set_num_threads
@@ -349,7 +350,7 @@ __all__ = [
     "Size", "softmax", "sort", "split", "sqrt", "square", "squeeze", "stack", "std", "std_mean", "sub", "subtract",
     "sum", "sum_to_size", "swapaxes", "swapdims", "t", "tan", "tanh", "Tensor", "tensor", "tile", "to", "topk", "trace",
     "transpose", "tril", "triu", "true_divide", "trunc", "type_as", "uint8", "unbind", "unflatten", "unsqueeze",
-    "use_deterministic_algorithms", "var", "var_mean", "view", "view_as", "vstack", "where", "xlogy", "zeros",
+    "use_deterministic_algorithms", "var", "var_mean", "view", "view_as", "vmap", "vstack", "where", "xlogy", "zeros",
     "zeros_like",
 ]  # fmt: skip
 

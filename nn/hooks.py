@@ -16,6 +16,7 @@ class _Pass(Function):
     """The identity of several tensors: one node, whose hooks see all of their gradients together."""
 
     name = "module_boundary"
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:

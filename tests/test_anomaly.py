@@ -169,3 +169,10 @@ def test_set_detect_anomaly():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         (gpuad.ones(1, requires_grad=True) * 2).sum().backward()
+
+
+def test_inside_transforms(device):
+    x = leaf([-1.0, 1.0], device).detach()
+    for transform in (gpuad.func.grad, gpuad.func.hessian, lambda f: gpuad.func.vmap(gpuad.func.grad(f))):
+        with detect_anomaly(), pytest.raises(AnomalyError, match=r"sqrt(_jvp)? at .* in root_of:"):
+            transform(lambda x: root_of(x).sum())(x.reshape(2, 1) if transform is not gpuad.func.hessian else x)

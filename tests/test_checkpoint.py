@@ -334,3 +334,36 @@ def test_the_second_run_is_under_the_autocast_of_the_first(device):
     checked.backward()
     assert seen == [gpuad.float16] * 3
     assert bool((w.grad == expected).all())
+
+
+DERIVATIVES = {
+    "gradient": gpuad.func.grad,
+    "jacfwd": gpuad.func.jacfwd,
+    "hessian": gpuad.func.hessian,
+    "reverse over forward": lambda f: gpuad.func.jacrev(gpuad.func.jacfwd(f)),
+    "hvp": lambda f: lambda x: gpuad.func.hvp(f, x, x * 0.5),
+    "linearize": lambda f: lambda x: gpuad.func.linearize(f, x)[1](x * 0.5),
+}
+
+
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_inside_vmap(device, name):
+    """A checkpoint in the function of one example: also when it runs again after vmap has moved on."""
+    layers = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.Tanh()).to(device).double()
+    x = gpuad.randn(2, 3, dtype="float64", device=device)
+
+    def kept(x):
+        return checkpoint(layers, checkpoint_sequential(layers, 2, x)).sum()
+
+    def plain(x):
+        return layers(layers(x)).sum()
+
+    of = DERIVATIVES[name]
+    found, expected = gpuad.func.vmap(of(kept))(x), gpuad.stack([of(plain)(each) for each in x])
+    assert (found - expected).abs().max().item() < 1e-12
+    weights = [
+        grad(gpuad.func.vmap(of(f))(x).square().sum(), list(layers.parameters()), allow_unused=True)
+        for f in (kept, plain)
+    ]
+    for a, b in zip(*weights, strict=True):
+        assert a is b is None or (a - b).abs().max().item() < 1e-10

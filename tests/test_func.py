@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections import namedtuple
 
@@ -10,8 +11,10 @@ import pytest
 from test_ops import EVERYTHING, Case, host, ident
 
 import gpuad
+from gpuad import Tensor
 from gpuad.autograd import Function, GradcheckError, check_devices, forward_ad, functional, gradcheck, gradgradcheck
 from gpuad.autograd import grad as tape_grad
+from gpuad.autograd.node import Node
 from gpuad.errors import AutogradError, ShapeError
 from gpuad.func import (
     custom_jvp,
@@ -28,6 +31,7 @@ from gpuad.func import (
     vjp,
     vmap,
 )
+from gpuad.utils.checkpoint import checkpoint
 
 F64 = "float64"
 
@@ -62,10 +66,10 @@ def backwards(f, v):
 MIXES = ["fff", "ffb", "fbf", "fbb", "bff", "bfb", "bbf", "bbb"]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.cuda)], indirect=True)
 @pytest.mark.parametrize("op", EVERYTHING, ids=ident)
-def test_third_derivatives_agree_in_every_mix_of_modes(op):
+def test_third_derivatives_agree_in_every_mix_of_modes(op, device):
     """D³f[v, w, z], each of the three by forward (f) or reverse mode (b), and finite differences of the second."""
-    device = gpuad.device("cpu")
     case = Case(op, op.samples[0], device)
     leaves = case.leaves(False)
     outs = [y for y in case.smooth(*case.leaves()) if y.requires_grad] if leaves else []
@@ -196,6 +200,46 @@ def test_jacobians_are_structured_by_output_then_input(x):
     close(got[0][1], gpuad.diag(2 * x))
     close(got[1][1], gpuad.diag(2 * x))
     close(got[0][0], gpuad.zeros(4, 4, dtype=F64))
+
+
+def test_dicts_correspond_by_their_keys(x, v):
+    def f(tree):
+        return {"p": tree["a"] * tree["b"], "q": tree["a"].sum()}
+
+    point, direction = {"a": x, "b": v}, {"b": x * 2, "a": v * 3}
+    expected = v * 3 * v + x * x * 2
+    close(jvp(f, (point,), (direction,))[1]["p"], expected)
+    close(linearize(f, point)[1](direction)["p"], expected)
+    (got,) = vjp(f, point)[1]({"q": x.new_ones(()), "p": v})
+    close(got["a"], v * v + 1)
+    close(hvp(lambda t: f(t)["p"].sum(), point, direction)["a"], x * 2)
+    with pytest.raises(ShapeError, match="one tangent for each primal"):
+        jvp(f, (point,), ({"a": x, "c": x},))
+
+
+@pytest.mark.parametrize("name", ["grad", "jvp", "hessian", "hvp", "linearize", "vmap"])
+def test_nothing_is_left_behind(name, x):
+    """With gc disabled, transforms leave no tensor and no node: memory goes back by reference counting alone."""
+
+    def f(x):
+        y = x * 1
+        y[0] = x[1] * x[2]
+        y[1:].mul_(x[0])
+        return checkpoint(lambda y: (y.sin() * y.sum()).sum(), y)
+
+    run = {
+        "grad": grad(f), "jvp": lambda x: jvp(f, (x,), (x,)), "hessian": hessian(f), "hvp": lambda x: hvp(f, x, x),
+        "linearize": lambda x: linearize(f, x)[1](x), "vmap": lambda x: vmap(hessian(f))(gpuad.stack([x, x])),
+    }[name]  # fmt: skip
+    run(x)
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(o, (Tensor, Node)) for o in gc.get_objects())
+        run(x)
+        assert sum(isinstance(o, (Tensor, Node)) for o in gc.get_objects()) == before
+    finally:
+        gc.enable()
 
 
 def test_linearize_and_hvp(x, v):
@@ -499,6 +543,8 @@ WRONG = {
     "a wrong factor: the derivative should be 2 times": half,
     "a missing term": lambda x: x.detach() * 3 + 0 * x,
     "a non-smooth point": lambda x: (x - 0.5).abs(),
+    "not the same at every call": lambda x: x * gpuad.rand(2, dtype=F64),
+    "the function gives float32 of float64 inputs": lambda x: x.float().sin(),
 }
 
 

@@ -197,8 +197,8 @@ def test_custom_functions_and_gradients_inside():
     graph = trace(lambda x: Cube.apply(x) * x, gpuad.tensor(2.0))
     assert [n.op for n in graph.nodes] == ["input", "Cube", "mul"]
     assert graph["x"].gradient.item() == 32
-    with pytest.raises(AutogradError, match="cannot carry tangents through Cube"):
-        trace(Cube.apply, gpuad.tensor(2.0), tangents=(gpuad.tensor(1.0),))
+    graph = trace(lambda x: Cube.apply(x) * x, gpuad.tensor(2.0), tangents=(gpuad.tensor(1.0),))
+    assert [n.tangent.item() for n in graph.nodes] == [1, 12, 32]
     graph = trace(lambda x: gpuad.func.grad(lambda z: z**3)(x), gpuad.tensor(2.0))
     assert graph.nodes[graph.outputs[0]].value.item() == 12
     assert graph["x"].gradient.item() == 12
@@ -393,3 +393,27 @@ def test_the_package_is_imported_on_first_use(tmp_path):
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert run.stdout.split() == ["False", "of", "True"], run.stderr
+
+
+def test_a_view_changed_in_place_changes_what_it_is_of():
+    def program(x):
+        y = x * 2
+        y[1:].exp_()
+        return (y * x).sum()
+
+    x = gpuad.tensor([1.0, 2.0], dtype="float64")
+    graph = trace(program, x)
+    assert [n.op for n in graph.nodes if n.kind == "op"] == ["mul", "slice", "exp", "view_put", "mul", "sum"]
+    np.testing.assert_allclose(graph["x"].gradient.numpy(), [4.0, 5 * np.exp(4)])
+    with pytest.raises(AutogradError, match="cannot carry tangents through view_put"):
+        trace(program, x, tangents=(x,))
+
+
+def test_inside_transforms_nodes_have_all_examples_and_values_without_tangents():
+    func = gpuad.func
+    x = gpuad.tensor([1.0, 2.0, 3.0], dtype="float64")
+    graph = trace(lambda x: func.vmap(lambda x: x.sin().mul_(x))(x), x)
+    assert [(n.op, n.shape) for n in graph.nodes] == [("input", (3,)), ("sin", (3,)), ("mul", (3,))]
+    graph = trace(lambda x: func.jvp(lambda x: x.sin().mul_(x), (x,), (x,))[1], x)
+    np.testing.assert_allclose(graph.nodes[graph.outputs[0]].value.numpy(), (x.sin() * x + x.cos() * x * x).numpy())
+    assert "sin" in graph.to_html()

@@ -476,3 +476,39 @@ def test_post_accumulate_hooks_with_inputs_and_grad(device):
     assert seen == ["w"]
     y.backward(create_graph=True)
     assert sorted(seen) == ["w", "w", "x"] and values_of(w.grad) == [8.0] and x.grad.requires_grad
+
+
+def test_hooks_of_one_example_see_its_gradient(device):
+    x = gpuad.randn(3, 4, dtype="float64", device=device)
+    seen = []
+
+    def f(x, hook):
+        y = x.sin()
+        if y.requires_grad:
+            y.register_hook(hook)
+        return (y * y).sum()
+
+    def normed(g):
+        seen.append(g.shape)
+        return g / g.norm()
+
+    for derivative in (gpuad.func.grad, lambda f: gpuad.func.jacrev(gpuad.func.jacrev(f))):
+        found = gpuad.func.vmap(derivative(lambda x: f(x, normed)))(x)
+        expected = gpuad.stack([derivative(lambda x: f(x, normed))(each) for each in x])
+        assert (found - expected).abs().max().item() < 1e-12
+    assert set(seen) == {(4,)}
+    seen.clear()
+    hessian = gpuad.func.hessian(lambda x: f(x, lambda g: seen.append(g.shape)))(x[0])
+    assert (hessian - gpuad.diag(2 * (2 * x[0]).cos())).abs().max().item() < 1e-12
+    assert seen
+    with pytest.raises(AutogradError, match="'normed' returned a gradient for a tensor that has a tangent"):
+        gpuad.func.hessian(lambda x: f(x, normed))(x[0])
+
+
+@pytest.mark.filterwarnings("error:vmap loops")
+def test_full_backward_hooks_inside_vmap(device):
+    layer, seen = nn.Linear(4, 2).to(device), []
+    layer.register_full_backward_hook(lambda module, gi, go: seen.append((gi[0].shape, go[0].shape)))
+    x = gpuad.randn(3, 4, device=device)
+    gpuad.func.vmap(gpuad.func.grad(lambda x: layer(x).square().sum()))(x)
+    assert len(seen) == 1

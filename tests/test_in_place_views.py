@@ -348,3 +348,75 @@ def test_views_are_not_kept_alive(device):
         assert alive() is None and base() is None
     finally:
         gc.enable()
+
+
+TRANSFORMS = {
+    "jvp": lambda f: lambda x: gpuad.func.jvp(f, (x,), (x * x,))[1],
+    "jacfwd": gpuad.func.jacfwd,
+    "hessian": lambda f: gpuad.func.hessian(lambda x: (f(x) * x).sum()),
+    "hvp": lambda f: lambda x: gpuad.func.hvp(lambda x: (f(x) * x).sum(), x, x * x),
+    "reverse over forward": lambda f: gpuad.func.jacrev(gpuad.func.jacfwd(f)),
+}
+
+
+@pytest.mark.parametrize("batched", [False, True], ids=["one", "vmap"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_views_under_transforms(device, name, batched):
+    """Writes to views, to their base and to views of views, read through all of them."""
+
+    def in_place(x):
+        y = x * 1
+        whole, part = y.view(2, 2), y[1:3]
+        y[0] = x[1] * x[2]
+        part.mul_(x[3])
+        whole[1].exp_()
+        whole.T[0].add_(part)
+        y += x
+        return y + whole.reshape(-1) * y.flip(0)
+
+    def out_of_place(x):
+        a, b, c, d = x[1] * x[2], x[1] * x[3], x[2] * x[3], x[3]
+        c, d = c.exp(), d.exp()
+        a, c = a + b, c + c
+        y = gpuad.stack([a, b, c, d]) + x
+        return y + y * y.flip(0)
+
+    x = gpuad.tensor([[0.5, -0.3, 0.8, 0.2], [0.1, 0.4, -0.6, 0.9]], dtype="float64", device=device)
+    of = TRANSFORMS[name]
+    found = gpuad.func.vmap(of(in_place))(x) if batched else of(in_place)(x[0])
+    expected = gpuad.stack([of(out_of_place)(each) for each in x]) if batched else of(out_of_place)(x[0])
+    np.testing.assert_allclose(values_of(found), values_of(expected), rtol=1e-12, atol=1e-12)
+
+
+def test_a_plain_tensor_takes_tangents_in_place(device):
+    x, v = gpuad.tensor([1.0, 2.0], device=device), gpuad.tensor([3.0, 4.0], device=device)
+    buffer = gpuad.zeros(3, device=device)
+
+    def f(x):
+        out = gpuad.zeros(3, device=device)
+        view = out[1:]
+        out[0] = x[0] * x[1]
+        view.add_(x)
+        buffer.add_(out)
+        return out * view[0]
+
+    value, tangent = gpuad.func.jvp(f, (x,), (v,))
+    assert values_of(value) == [2.0, 1.0, 2.0] and values_of(tangent) == [10.0 + 2 * 3, 3.0 + 3, 4.0 + 2 * 3]
+    assert values_of(buffer) == [2.0, 1.0, 2.0]
+    assert type(buffer) is gpuad.Tensor  # the level is closed
+    assert values_of(buffer * 2) == [4.0, 2.0, 4.0]
+    with pytest.raises(ShapeError, match="expanded tensor"):
+        gpuad.func.jvp(lambda x: x.sum().expand(2).mul_(x), (x,), (v,))
+
+
+def test_requires_grad_inside_transforms(device):
+    """autograd.grad with requires_grad_() inside jvp and vmap; the tensors outside are left alone."""
+    x = gpuad.tensor([[1.0, 2.0], [3.0, 4.0]], device=device)
+
+    def slope(x):
+        x.requires_grad_()
+        return grad((x * x * x).sum(), [x])[0]
+
+    assert values_of(gpuad.func.vmap(slope)(x)) == values_of(3 * x * x)
+    assert values_of(gpuad.func.jvp(slope, (x,), (x,))[1]) == values_of(6 * x * x)
+    assert not x.requires_grad

@@ -4,6 +4,8 @@ from gpuad.autograd import autocast as _autocast  # noqa: F401  (puts the dispat
 from gpuad.autograd import forward_ad, functional, graph
 from gpuad.autograd import function_levels as _function_levels  # noqa: F401
 from gpuad.autograd import interpret as _interpret  # noqa: F401  (puts forward mode and vmap in place)
+from gpuad.autograd import level_hooks as _level_hooks  # noqa: F401
+from gpuad.autograd import level_writes as _level_writes  # noqa: F401
 from gpuad.autograd import live as _live  # noqa: F401  (tells gpuad.array.memory what is alive)
 from gpuad.autograd.anomaly import detect_anomaly, set_detect_anomaly, settings
 from gpuad.autograd.elementwise import Elementwise

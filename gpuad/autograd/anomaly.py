@@ -15,7 +15,8 @@ from typing import Any
 
 from gpuad.array.device import of_array
 from gpuad.autograd.modes import state
-from gpuad.autograd.node import Node, OutputNode, unwatch, watch
+from gpuad.autograd.node import WRITTEN, Node, OutputNode, unwatch, watch
+from gpuad.autograd.variables import plain
 from gpuad.errors import AnomalyError
 from gpuad.tensor import Tensor
 
@@ -70,11 +71,11 @@ def _seen(method: Callable) -> Callable:
 
     def call(self: Any, *inputs: Any, **named: Any) -> Any:
         looking = settings.first is None and state.walk is None
-        before = [_bad(x._data) for x in inputs if isinstance(x, Tensor)] if looking else []
+        before = [_bad(plain(x)._data) for x in inputs if isinstance(x, Tensor)] if looking else []
         result = method(self, *inputs, **named)
         if looking and settings.first is None and not any(before):
             for out in result if isinstance(result, tuple) else (result,):
-                kind = _bad(out._data) if isinstance(out, Tensor) else ""
+                kind = _bad(plain(out)._data) if isinstance(out, Tensor) else ""
                 if kind:
                     settings.first = (kind, self.name, _users_frames())
                     break
@@ -158,11 +159,10 @@ def checked(rule: Callable[..., list[Any]], node: Node, gradient: Any, walk: Any
 def _check(node: Node, gradient: Any, results: list[Any]) -> None:
     incoming = gradient if isinstance(gradient, list) else [gradient]
     for i, result in enumerate(results):
-        array = getattr(result, "_data", result)
-        kind = _bad(array) if hasattr(array, "dtype") else ""
+        kind = "" if result is None or result is WRITTEN else _bad(_array(result))
         if not kind:
             continue
-        came = [_bad(getattr(g, "_data", g)) for g in incoming if g is not None]
+        came = [_bad(_array(g)) for g in incoming if g is not None]
         text = f"The gradient that {node.op.name} computed for its input {i} has {kind}"
         text += ", and so had the one it was given. " if any(came) else ". "
         text += f"This is {_story(node)}"
@@ -173,6 +173,10 @@ def _check(node: Node, gradient: Any, results: list[Any]) -> None:
                 f"not, at {_line(frames)}"
             )
         raise AnomalyError(text)
+
+
+def _array(gradient: Any) -> Any:
+    return plain(gradient)._data if isinstance(gradient, Tensor) else gradient
 
 
 def _line(frames: traceback.StackSummary) -> str:

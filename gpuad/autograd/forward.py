@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gpuad.autograd.levels import Level, make_dual, unpack
-from gpuad.autograd.pytree import flatten, unflatten
+from gpuad.autograd.pytree import aligned, flatten, unflatten
 from gpuad.errors import AutogradError, ShapeError
 from gpuad.tensor import Tensor
 
@@ -14,8 +14,9 @@ from gpuad.tensor import Tensor
 def paired(primals: Any, tangents: Any) -> tuple[list[Tensor], list[Tensor], Any]:
     """The leaves of primals and of tangents, and their structure; raises where the two do not correspond."""
     points, structure = flatten(primals)
-    directions, other = flatten(tangents)
-    if structure != other:
+    directions = aligned(tangents, structure)
+    if directions is None:
+        other = flatten(tangents)[1]
         raise ShapeError(
             f"jvp takes one tangent for each primal, in the same structure: got {structure!r} and {other!r}."
         )

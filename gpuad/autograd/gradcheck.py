@@ -73,12 +73,18 @@ class _Check:
 
     def cause(self, got: float, expected: float, directions: Sequence[np.ndarray], out: int, at: Any) -> str:
         """The likely cause of a difference, in words."""
+        once, again = (_host(self.outputs(self.variables)[out]) for _ in range(2))
+        if not np.array_equal(once, again, equal_nan=True):
+            return "a function that is not the same at every call, such as one with random numbers in it"
         if not np.isfinite(got):
             return "the computed derivative is not finite: 0 · inf or a division by zero in the rule"
         steps = [self.difference(directions, self.eps * factor)[out] for factor in (1.0, 8.0)]
         near, far = (float(s[at]) if at is not None else float(s) for s in steps)
         if self.low and abs(got - expected) < 0.1 * abs(expected):
             return f"too low precision: {self.low[0]} inputs; check with float64 ones, x.double()"
+        dtype = self.outputs(self.variables)[out].dtype
+        if dtype != np.float64 and not self.low:
+            return f"too low precision: the function gives {dtype} of float64 inputs"
         if abs(near - far) > 0.05 * max(abs(near), abs(far), self.atol):
             return "a non-smooth point: differences depend on the step, so there may be a kink or jump nearby"
         if got == 0:

@@ -1,9 +1,10 @@
-"""Operations, writes, gradients and random numbers on tensors with levels: the highest level is taken apart first."""
+"""Operations, gradients and random numbers on tensors with levels: the highest level is taken apart first."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import ref
 
 from gpuad.array.device import Device
 from gpuad.autograd.batching import Batch
@@ -21,8 +22,8 @@ from gpuad.autograd.levels import (
     suspended,
     unpack,
 )
-from gpuad.autograd.modes import state
-from gpuad.autograd.op import Interpreters, Op, check_in_place
+from gpuad.autograd.op import Interpreters, Op
+from gpuad.autograd.views import prune
 from gpuad.errors import AutogradError
 from gpuad.tensor import Tensor, wrap
 
@@ -61,8 +62,15 @@ def apply(op: Op, inputs: Sequence[Any], params: dict) -> Any:
     if tangent is None:
         return value
     made = make_dual(value, tangent, level)
-    if getattr(op, "view", False):
-        made._view = (op, inputs[0], params)
+    return _view_of(made, op, inputs[0], params) if getattr(op, "view", False) else made
+
+
+def _view_of(made: Tensor, op: Op, source: Tensor, params: dict) -> Tensor:
+    """A result as a view of the operand, so that a change in place of one reaches the other (level_writes.py)."""
+    made._view, made._cell = (op, source, params), source._cell
+    source._cell.append(ref(made))
+    if len(source._cell) > 64:
+        prune(source._cell)
     return made
 
 
@@ -73,27 +81,7 @@ def _apply_batched(op: Op, inputs: Sequence[Any], params: dict, outer: Batched) 
     if isinstance(result, tuple):
         return tuple(make_batched(r, outer.level) for r in result)
     made = make_batched(result, outer.level)
-    if getattr(op, "view", False):
-        made._view = (op, inputs[0], params)
-    return made
-
-
-def write(name: str, target: Tensor, result: Tensor) -> Tensor:
-    """An operation in place on tensors with levels: the target takes over what the operation gave out of place."""
-    recording = state.enabled and result._requires_grad
-    check_in_place(name, target, result._data.dtype, result._data.shape, recording)
-    levels = level_of(target), level_of(result)
-    if levels[0] == 0 or levels[0] != levels[1] or target._view is not None:
-        what = "many examples of vmap" if isinstance(result, Batched) else "a tangent of forward mode"
-        raise AutogradError(
-            f"{name}_ would store {what} in a tensor that has none of its own (a view, or a tensor from outside). Use "
-            "the operation out of place."
-        )
-    if result._data.dtype != target._data.dtype:
-        result = result.to(target._data.dtype)
-    for slot in ("_data", "_cell", "_node", "_requires_grad", *type(result).__slots__):
-        setattr(target, slot, getattr(result, slot))
-    return target
+    return _view_of(made, op, inputs[0], params) if getattr(op, "view", False) else made
 
 
 def gradient(roots: list[Any], targets: list[Any], weights: list[Any], create_graph: bool) -> Any:
@@ -180,6 +168,5 @@ def draw(make: Callable[[tuple[int, ...]], Any], shape: tuple[int, ...], device:
 
 
 Interpreters.dual = staticmethod(apply)
-Interpreters.write = staticmethod(write)
 Interpreters.grad = staticmethod(gradient)
 Interpreters.draw = staticmethod(draw)

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import ref
 
 import numpy as np
 
@@ -47,6 +48,7 @@ class Level:
 
     def __init__(self, size: int | None = None, randomness: str = "error") -> None:
         self.size, self.randomness = size, randomness
+        self.moved: list[ref[Tensor]] = []  # tensors without tangents that took some in place, until the level closes
 
     def __enter__(self) -> int:
         counted(1)
@@ -57,6 +59,15 @@ class Level:
     def __exit__(self, *exc: object) -> None:
         del _levels.open[self.number]
         counted(-1)
+        self.settle()
+
+    def settle(self) -> None:
+        """Take the tangents of this level from the tensors that got them in place."""
+        for reference in self.moved:
+            tensor: Any = reference()
+            if isinstance(tensor, Dual) and tensor.level == self.number:
+                become(tensor, tensor.primal)
+        self.moved.clear()
 
 
 def is_open(level: int) -> bool:
@@ -84,6 +95,9 @@ def reopened(levels: dict[int, Level]) -> Iterator[None]:
     finally:
         counted(-1)
         _levels.open = before
+        for number, level in levels.items():
+            if number not in before:
+                level.settle()
 
 
 @contextmanager
@@ -99,7 +113,7 @@ def suspended(level: int) -> Iterator[None]:
 class Dual(Tensor):
     """A primal and its tangent at one level; everything a Tensor can do, differentiated forwards."""
 
-    __slots__ = ("primal", "tangent", "level")
+    __slots__ = ()  # so that a tensor can become one in place
 
     primal: Tensor
     tangent: Tensor
@@ -125,10 +139,20 @@ def make_dual(primal: Tensor, tangent: Tensor, level: int) -> Dual:
     return made
 
 
+def become(target: Any, result: Any) -> None:
+    """Let a tensor take the value of another, with its place on the tape and its levels."""
+    target.__class__ = type(result)
+    for slot in ("_data", "_cell", "_node", "_requires_grad"):
+        setattr(target, slot, getattr(result, slot))
+    for name in ("primal", "tangent", "value", "level"):
+        target.__dict__.pop(name, None)
+    target.__dict__.update(result.__dict__)
+
+
 class Batched(Tensor):
     """One example of many, inside vmap: `value` has them all, along a first dimension that operations do not see."""
 
-    __slots__ = ("value", "level")
+    __slots__ = ()
 
     value: Tensor
     level: int

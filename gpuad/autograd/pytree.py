@@ -16,15 +16,32 @@ def is_container(x: Any) -> bool:
 def flatten(tree: Any) -> tuple[list[Any], Any]:
     """(leaves, structure): the leaves in order (a dict's in its own), and the tree with LEAF in the place of each."""
     leaves: list[Any] = []
+    return leaves, _taken_apart(tree, leaves)
 
-    def walk(x: Any) -> Any:
-        if not is_container(x):
-            leaves.append(x)
-            return LEAF
-        return rebuilt(x, [walk(v) for v in children(x)])
 
-    structure = walk(tree)
-    return leaves, structure
+def _taken_apart(x: Any, leaves: list[Any]) -> Any:
+    if not is_container(x):
+        leaves.append(x)
+        return LEAF
+    return rebuilt(x, [_taken_apart(v, leaves) for v in children(x)])
+
+
+def aligned(tree: Any, structure: Any) -> list[Any] | None:
+    """The leaves of a tree in the order of a structure, dicts by their keys; None where the tree has another one."""
+    leaves: list[Any] = []
+    return leaves if _align(tree, structure, leaves) else None
+
+
+def _align(x: Any, like: Any, leaves: list[Any]) -> bool:
+    if like is LEAF:
+        leaves.append(x)
+        return not is_container(x)
+    kind = next(kind for kind in (dict, list, tuple) if isinstance(like, kind))
+    if not isinstance(x, kind) or len(x) != len(like):
+        return False
+    if kind is dict:
+        return all(key in x and _align(x[key], part, leaves) for key, part in like.items())
+    return all(_align(a, b, leaves) for a, b in zip(x, like, strict=True))
 
 
 def children(x: Any) -> Iterable[Any]:
@@ -42,12 +59,11 @@ def rebuilt(like: Any, values: list[Any]) -> Any:
 
 def unflatten(structure: Any, leaves: Iterable[Any]) -> Any:
     """The tree that `flatten` took apart, around other leaves."""
-    rest: Iterator[Any] = iter(leaves)
+    return _put_together(structure, iter(leaves))
 
-    def walk(x: Any) -> Any:
-        return next(rest) if x is LEAF else rebuilt(x, [walk(v) for v in children(x)])
 
-    return walk(structure)
+def _put_together(x: Any, rest: Iterator[Any]) -> Any:
+    return next(rest) if x is LEAF else rebuilt(x, [_put_together(v, rest) for v in children(x)])
 
 
 def tree_map(function: Callable, tree: Any, *others: Any) -> Any:

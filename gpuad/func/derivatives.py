@@ -7,7 +7,7 @@ from typing import Any
 
 from gpuad.autograd.gradients import grad as _gradients
 from gpuad.autograd.modes import enable_grad, state
-from gpuad.autograd.pytree import flatten, tree_map, unflatten
+from gpuad.autograd.pytree import aligned, flatten, tree_map, unflatten
 from gpuad.autograd.variables import depends_on_others, moves, settled, variable
 from gpuad.errors import AutogradError, ShapeError
 from gpuad.tensor import Tensor
@@ -65,8 +65,9 @@ def vjp(function: Callable, *primals: Any, has_aux: bool = False) -> tuple[Any, 
     others = depends_on_others(outputs, variables)
 
     def pull_back(cotangents: Any) -> tuple[Any, ...]:
-        weights, structure = flatten(cotangents)
-        if structure != out_structure:
+        weights = aligned(cotangents, out_structure)
+        if weights is None:
+            structure = flatten(cotangents)[1]
             raise ShapeError(
                 f"The cotangents of vjp are structured like the result, {out_structure!r}; got {structure!r}."
             )
@@ -146,8 +147,8 @@ def linearize(function: Callable, *primals: Any) -> tuple[Any, Callable]:
             pulled = _gradients([o for o, _ in moving], variables, [u for _, u in moving], True, True, True)
 
     def push_forward(*tangents: Any) -> Any:
-        leaves, structure = flatten(tangents)
-        if structure != flatten(regrouped(variables, structures, False))[1]:
+        leaves = aligned(tangents, tuple(structures))
+        if leaves is None:
             raise ShapeError("The tangents of linearize are structured like the primals, one for each.")
         pairs = [(g, v) for g, v in zip(pulled, leaves, strict=True) if g is not None and moves(g)]
         found: Any = [None] * len(cotangents)

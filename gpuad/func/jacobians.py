@@ -118,13 +118,19 @@ def hessian(func: Callable, argnums: int | tuple[int, ...] = 0) -> Callable:
 
 
 def hvp(function: Callable, primals: Any, tangents: Any) -> Any:
-    """The Hessian of `function` (to one number) at primals times tangents, by forward mode over reverse.
+    """The Hessian of `function` (to one number) at primals times tangents, without making the Hessian.
+
+    H v = ∇(∇f · v): the gradient of the derivative along v, which forward mode gives. The other order, forward mode
+    over the gradient, gives the same and computes the gradient itself besides, which nobody asked for.
 
     primals: a Tensor or nested Tensors, the one argument of `function`; a tuple holds several arguments. Returns what
-    is structured like primals. It costs a small multiple of a gradient and never makes the Hessian.
+    is structured like primals. Costs less than three gradients: of the products of a network 8 instead of 3 a layer.
     """
     several = type(primals) is tuple
     points, directions = (primals, tangents) if several else ((primals,), (tangents,))
-    numbers = tuple(range(len(points)))
-    _, found = jvp(grad(function, numbers), points, directions)
+
+    def along(*points: Any) -> Any:
+        return jvp(function, points, directions)[1]
+
+    found = grad(along, tuple(range(len(points))))(*points)
     return found if several else found[0]

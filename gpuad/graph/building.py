@@ -7,8 +7,8 @@ from types import FrameType
 from typing import Any
 
 from gpuad.autograd.elementwise import Elementwise
-from gpuad.autograd.levels import Dual
 from gpuad.autograd.node import Node, OutputNode
+from gpuad.autograd.variables import plain
 from gpuad.graph import formulas, walking
 from gpuad.graph.data import Edge, Graph, GraphNode
 from gpuad.graph.source import Names, Place
@@ -16,9 +16,8 @@ from gpuad.tensor import Tensor, wrap
 
 
 def place_on_tape(tensor: Tensor) -> Any:
-    """The tape's node that computed a tensor, else the leaf itself; of a dual number that of its primal."""
-    while isinstance(tensor, Dual):
-        tensor = tensor.primal
+    """The tape's node that computed a tensor, else the leaf itself; below tangents and examples of vmap."""
+    tensor = plain(tensor)
     return tensor if tensor._node is None else tensor._node
 
 
@@ -41,6 +40,7 @@ class Builder:
         self._at[node.tape] = node
         if tensor is not None:
             self._known[id(tensor)] = node, tensor
+            tensor = plain(tensor)  # inside vmap: with all examples
             node.shape, node.dtype, node.device = tuple(tensor.shape), tensor.dtype, str(tensor.device)
             node.requires_grad = tensor._requires_grad
             # What is shown is the value as it was: the tensor's memory may be written to later.
@@ -59,6 +59,15 @@ class Builder:
         if isinstance(place, Tensor):
             return self.leaf(place, stack)
         return self.from_tape(place, stack, tensor)
+
+    def rename(self, tensor: Tensor, node: GraphNode) -> None:
+        """From now on `tensor` is the value of `node`."""
+        self._known[id(tensor)] = node, tensor
+
+    def changed(self, base: Tensor, node: GraphNode) -> None:
+        """`node` was written to a view of `base`: what that is now is on the tape (view_put)."""
+        self._known.pop(id(base), None)
+        self._at[base._node.parents[1]] = node  # type: ignore[union-attr]
 
     def leaf(self, tensor: Tensor, stack: Iterable[FrameType] = ()) -> GraphNode:
         """The node of a tensor that nothing computed."""

@@ -71,8 +71,10 @@ class GraphNode:
 
     def programs(self) -> dict[str, str]:
         """The sources of what runs for this operation, by title: generated NumPy and CUDA, or Python."""
-        wanted = tuple(i for i, p in enumerate(getattr(walking.owner(self.tape), "parents", ())) if p is not None)
-        return formulas.programs(self.operation, wanted, np.dtype(np.float32) if self.dtype is None else self.dtype)
+        node = walking.owner(self.tape)  # with tangents, it is of another operation: value and tangent at once
+        wanted = tuple(i for i, p in enumerate(getattr(node, "parents", ())) if p is not None)
+        dtype = np.dtype(np.float32) if self.dtype is None else self.dtype
+        return formulas.programs(getattr(node, "op", self.operation), wanted, dtype)
 
 
 class Graph:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 from typing import Any
 
-from gpuad.autograd.levels import Dual, counted
+from gpuad.autograd.levels import Dual, Level, counted, level_of, make_dual, unpack
 from gpuad.autograd.modes import enable_grad, no_grad
 from gpuad.autograd.op import Interpreters, Op
+from gpuad.autograd.views import owner
 from gpuad.errors import AutogradError, ShapeError
 from gpuad.graph.building import Builder, seen
 from gpuad.graph.data import Graph, GraphNode
@@ -23,6 +24,7 @@ from gpuad.graph.source import Names, frames, parameter_names, place_of
 from gpuad.tensor import Tensor
 
 _tracing = threading.Lock()
+_REPLACED = ("apply", "dual", "write", "function")
 
 
 class _Tracer:
@@ -36,19 +38,26 @@ class _Tracer:
 
     def __enter__(self) -> None:
         _tracing.acquire()
-        self._rules = Interpreters.apply, Interpreters.write
-        Interpreters.apply, Interpreters.write = self.apply, self.write
+        self._rules = {name: getattr(Interpreters, name) for name in _REPLACED}
+        for name in _REPLACED:
+            setattr(Interpreters, name, getattr(self, name))
         counted(1)
 
     def __exit__(self, *exc: object) -> None:
         counted(-1)
-        apply, write = self._rules
-        Interpreters.apply, Interpreters.write = staticmethod(apply), staticmethod(write)
+        for name, rule in self._rules.items():
+            setattr(Interpreters, name, staticmethod(rule))
         _tracing.release()
 
     def apply(self, op: Op, inputs: Sequence[Any], params: dict) -> Any:
         """The operation as it would have run, noted."""
-        apply = self._rules[0]
+        return self._noted(self._rules["apply"], op, inputs, params)
+
+    def dual(self, op: Op, inputs: Sequence[Any], params: dict) -> Any:
+        """The same for an operation in place, which asks here at once."""
+        return self._noted(self._rules["dual"], op, inputs, params)
+
+    def _noted(self, apply: Callable, op: Op, inputs: Sequence[Any], params: dict) -> Any:
         if self._inside or threading.get_ident() != self._thread:
             return apply(op, inputs, params)
         self._inside = True
@@ -67,21 +76,47 @@ class _Tracer:
         return result
 
     def node_of(self, tensor: Tensor, stack: Sequence[FrameType]) -> GraphNode:
-        """The node of a tensor; what ran unseen, a custom Function, is found on the tape."""
+        """The node of a tensor; what ran unseen, such as the change of what a view is of, is found on the tape."""
         known = len(self.builder.nodes)
         node = self.builder.node_of(tensor, stack)
         for unseen in self.builder.nodes[known:]:
             if any(o in self.tangents for o in self.builder.operands[unseen]):
                 raise AutogradError(
-                    f"graph.trace(tangents=…) cannot carry tangents through {unseen.op}, which has no forward-mode "
-                    "rule. Trace it without tangents."
+                    f"graph.trace(tangents=…) cannot carry tangents through {unseen.op} here (a view changed in place, "
+                    "or a gradient taken inside). Trace it without tangents."
                 )
         return node
 
+    def function(self, cls: Any, args: tuple) -> Any:
+        """A custom Function as it would have run, with the tangents of its outputs noted."""
+        function = self._rules["function"]
+        moving = [self.tangents.get(self.node_of(a, ())) if isinstance(a, Tensor) else None for a in args]
+        if self._inside or threading.get_ident() != self._thread or all(t is None for t in moving):
+            return function(cls, args)
+        self._inside = True
+        try:
+            result = function(cls, args)
+            result = cls.apply(*args) if result is NotImplemented else result
+            with no_grad(), Level() as level:
+                duals = [a if t is None else make_dual(a.detach(), t, level) for a, t in zip(args, moving, strict=True)]
+                moved = cls.apply(*duals)
+        finally:
+            self._inside = False
+        several = isinstance(result, tuple)
+        for out, dual in zip(result if several else (result,), moved if several else (moved,), strict=True):
+            tangent = unpack(dual, level)[1]
+            if tangent is not None:
+                node = self.builder.node_of(out, ())
+                node.tangent = self.tangents[node] = tangent
+        return result
+
     def write(self, name: str, target: Tensor, result: Tensor) -> Tensor:
         """An operation in place: the one out of place that was just noted is taken back, and the real one runs."""
-        write = self._rules[1]
-        if self._inside or threading.get_ident() != self._thread or isinstance(target, Dual):
+        write = self._rules["write"]
+        if self._inside or threading.get_ident() != self._thread:
+            return write(name, target, result)
+        if level_of(result):
+            self.builder.rename(target, self.builder.node_of(result, ()))
             return write(name, target, result)
         op, inputs, params, operands, tangents, before = self._last
         del self.builder.nodes[before:]
@@ -94,6 +129,9 @@ class _Tracer:
         finally:
             self._inside = False
         self._note(op, target, params, operands, tangents, list(frames(sys._getframe(1), self.stop)))
+        base, chain = owner(target)
+        if chain and base._node is not None:
+            self.builder.changed(base, self.builder.node_of(target, ()))
         return target
 
     def _note(

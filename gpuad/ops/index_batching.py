@@ -172,12 +172,9 @@ def embedding(batch: Batch, op: Any, inputs: Sequence[Any], params: dict) -> Any
     if params["padding"] is not None:
         return loop(batch, op, inputs, params)
     rows = weight._data.shape[0]
-    backend = weight._device.backend
-    if batch.has(index):
-        index = index.value
-        index = index if isinstance(index._data, Logical) else index._data
+    index = index.value if batch.has(index) else index
     ndim = index.ndim if batch.has(params["index"]) else index.ndim + 1
-    first = backend.xp.arange(batch.size).reshape((batch.size, *(1,) * (ndim - 1))) * rows
-    counted = wrap(first, weight._device) + (index if isinstance(index, Tensor) else wrap(index, weight._device))
+    first = functions["arange"](batch.size, device=weight._device).reshape((batch.size, *(1,) * (ndim - 1))) * rows
+    counted = first + (index if isinstance(index, Tensor) else wrap(index, weight._device))
     table = weight.value.reshape((batch.size * rows, math.prod(weight._data.shape[1:])))
     return op(table, index=as_index(counted), padding=None)

@@ -10,6 +10,7 @@ add up.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,19 @@ class LinearOp(Primitive):
             result[2] = self._bias_gradient(gradient, bias, total, walk)
         return result
 
+    def tangent(self, inputs: Sequence[Any], tangents: Sequence[Any], params: dict) -> tuple[Any, Any]:
+        """ẋ Wᵀ + x Ẇᵀ + ḃ, the last of which rides in a product."""
+        (x, weight, _), (x_moves, weight_moves, bias_moves) = inputs, tangents
+        out = self(*inputs)
+        terms = []
+        if weight_moves is not None:
+            terms.append(self(x, weight_moves, bias_moves))
+        if x_moves is not None:
+            terms.append(self(x_moves, weight, None if terms else bias_moves))
+        if not terms:
+            return out, bias_moves.expand(out._data.shape)
+        return out, terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
     def _bias_gradient(self, gradient: Any, bias: Any, total: Any, walk: Any) -> Any:
         if total is not None:
             if walk.in_room(bias, total):
@@ -121,11 +135,6 @@ linear_: LinearOp = LinearOp(
         "x": lambda g, weight: gemm(g, weight) if isinstance(g, Tensor) else of_array(g).backend.gemm(g, weight),
         "weight": lambda g, x, into: _product(g, x, into),
         "bias": lambda g, into: _sum_rows(g, into),
-    },
-    jvp={
-        "x": lambda t, weight: linear_(t, weight, None),
-        "weight": lambda t, x: linear_(x, t, None),
-        "bias": lambda t, out: t.expand(out.shape),
     },
     samples=[(S((3, 4)), S((5, 4)), S((5,))), (S((3, 4)), S((5, 4)), None), (S((0, 4)), S((5, 4)), S((5,)))],
     doc="x @ weight.T + bias for a matrix x.",

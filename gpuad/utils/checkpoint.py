@@ -16,7 +16,7 @@ from typing import Any
 
 from gpuad.array.random import default_generator
 from gpuad.autograd.autocast import resumed
-from gpuad.autograd.levels import Dual, make_dual, open_levels, reopened
+from gpuad.autograd.levels import Batched, Dual, make_batched, make_dual, open_levels, reopened
 from gpuad.autograd.modes import enable_grad, is_grad_enabled, state
 from gpuad.autograd.node import Node
 from gpuad.autograd.saved import saved_tensors_hooks
@@ -71,14 +71,27 @@ class _DualInput:
         return make_dual(self.primal.tensor(), self.tangent.tensor(), self.level)
 
 
+class _BatchedInput:
+    """One example of many, inside vmap: all of them are kept."""
+
+    def __init__(self, batched: Batched) -> None:
+        self.value, self.level = _kept(batched.value), batched.level
+
+    def tensor(self) -> Tensor:
+        """All examples as one again, at the level they had."""
+        return make_batched(self.value.tensor(), self.level)
+
+
 def _kept(x: Any) -> Any:
     if isinstance(x, Dual):
         return _DualInput(x)
+    if isinstance(x, Batched):
+        return _BatchedInput(x)
     return _Input(x) if isinstance(x, Tensor) else x
 
 
 def _given(x: Any) -> Any:
-    return x.tensor() if isinstance(x, (_Input, _DualInput)) else x
+    return x.tensor() if isinstance(x, (_Input, _DualInput, _BatchedInput)) else x
 
 
 def _mapped(function: Callable[[Any], Any], tree: Any) -> Any:
