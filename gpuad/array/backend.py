@@ -122,7 +122,7 @@ class Backend:
         keepdims: bool,
         scale: float = 1.0,
     ) -> Any:
-        """scale · the sum over `axes` of a formula's output; numbers are computed in `dtype`, that of the arguments."""
+        """scale · the sum over `axes` of a formula's output, a list for several; numbers are computed in `dtype`."""
         return formula.runner(self.language).reduce(arguments, dtype, axes, keepdims, scale)
 
     def sum(
