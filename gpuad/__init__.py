@@ -242,6 +242,11 @@ from gpuad.ops.maths import (
 from gpuad.ops.maths import (
     trunc as fix,
 )
+from gpuad.ops.pieces import (
+    chunk,
+    split,
+    unbind,
+)
 from gpuad.ops.reduction import (
     all,
     amax,
@@ -274,7 +279,6 @@ from gpuad.ops.shape import (
     broadcast_tensors,
     broadcast_to,
     cat,
-    chunk,
     clone,
     contiguous,
     diag,
@@ -293,7 +297,6 @@ from gpuad.ops.shape import (
     reshape,
     reshape_as,
     roll,
-    split,
     squeeze,
     stack,
     t,
@@ -302,7 +305,6 @@ from gpuad.ops.shape import (
     transpose,
     tril,
     triu,
-    unbind,
     unflatten,
     unsqueeze,
     view,
