@@ -179,3 +179,67 @@ def test_launches_of_pieces(cuda_device, counts):
     with counts() as r:
         gpuad.autograd.grad([x.unbind(0)[1]], [x], gs[:1])
     assert r.kernel_launches == 1 and not r.stats["memsets"], r.stats
+
+
+# Attention ------------------------------------------------------------------------------------------------------------
+
+KEEP = np.tril(np.ones((3, 5), bool), 1)
+MASKS = {"none": None, "bool": KEEP, "added": np.where(KEEP, np.random.default_rng(3).random((3, 5)), -1e4)}
+
+
+def attention(q, k, v, mask, causal, scale):
+    """The formula, written out."""
+    scores = q @ np.swapaxes(k, -1, -2) * scale
+    if causal:
+        mask = np.tril(np.ones(scores.shape[-2:], bool))
+    if mask is not None:
+        scores = np.where(mask, scores, -np.inf) if mask.dtype == bool else scores + mask
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True) @ v
+
+
+@pytest.mark.parametrize("mask", [*MASKS, "causal"])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention(device, mask, scale):
+    rng = np.random.default_rng(0)
+    values = [rng.standard_normal(s) for s in ((2, 2, 3, 4), (2, 2, 5, 4), (2, 2, 5, 6))]
+    q, k, v = (on(device, x) for x in values)
+    given = MASKS.get(mask)
+    tensor = None if given is None else on(device, given, requires_grad=False)
+    y = F.scaled_dot_product_attention(q, k, v, tensor, is_causal=mask == "causal", scale=scale)
+    expected = attention(*values, given, mask == "causal", scale or 0.5)
+    np.testing.assert_allclose(numpy(y), expected, rtol=1e-10, atol=1e-12)
+    direction = [rng.standard_normal(x.shape) for x in values]
+    y.square().sum().backward()
+    step = 1e-6
+    above, below = (
+        np.square(
+            attention(*[x + s * d for x, d in zip(values, direction)], given, mask == "causal", scale or 0.5)
+        ).sum()
+        for s in (step, -step)
+    )
+    slope = sum(float((numpy(t.grad) * d).sum()) for t, d in zip((q, k, v), direction, strict=True))
+    assert slope == pytest.approx((above - below) / (2 * step), rel=1e-6)
+
+
+def test_an_added_mask_gets_its_gradient(device):
+    rng = np.random.default_rng(0)
+    q, k, v = (on(device, rng.standard_normal((2, 3, 4))) for _ in range(3))
+    mask = on(device, rng.standard_normal((3, 3)))
+    F.scaled_dot_product_attention(q, k, v, mask).square().sum().backward()
+    (expected,) = gpuad.autograd.grad((((q @ k.mT) * 0.5 + mask).softmax(-1) @ v).square().sum(), [mask])
+    np.testing.assert_allclose(numpy(mask.grad), numpy(expected), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("causal, forward", [(False, 3), (True, 5)], ids=["all", "causal"])
+def test_launches_of_attention(cuda_device, counts, causal, forward):
+    """Two products and a kernel; which columns a row sees, one number a row, is made by two. Backward: 5."""
+    q, k, v = (gpuad.randn(6, 4, 8, device=cuda_device, requires_grad=True) for _ in range(3))
+    g = gpuad.randn(6, 4, 8, device=cuda_device)
+    for _ in range(2):
+        with counts() as first:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        with counts() as second:
+            gpuad.autograd.grad([y], [q, k, v], [g])
+    assert first.kernel_launches + first.library_calls == forward, first.stats
+    assert second.kernel_launches + second.library_calls == 5, second.stats

@@ -7,12 +7,12 @@ what has row functions in it comes out of the row kernel at full size first.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from gpuad.kernels import derive
-from gpuad.kernels.expr import Expr, substitute, topological, variable, variables
+from gpuad.kernels.expr import Expr, Variable, substitute, topological, variable, variables
 from gpuad.kernels.formula import Formula
 
 
@@ -27,15 +27,14 @@ class ColumnSums:
         self.by_row = frozenset(i for i in self.arguments if full.inputs[i].level == "row")
         inputs = [full.inputs[i] for i in self.arguments]
         # To a formula of elements, statistics are arrays that broadcast.
-        plain = {v: variable(v.name, v.kind) for v in inputs if v.level != "scalar"}
-        outputs = substitute(list(results.values()), dict(plain))
-        self.formula = Formula(f"{full.name}_columns", [plain.get(v, v) for v in inputs], outputs)
+        plain: dict[Expr, Expr] = {v: variable(v.name, v.kind) for v in inputs if v.level != "scalar"}
+        outputs = substitute(list(results.values()), plain)
+        self.formula = Formula(f"{full.name}_columns", [cast("Variable", plain.get(v, v)) for v in inputs], outputs)
 
     def __call__(self, backend: Any, arguments: Sequence[Any], dtype: np.dtype) -> Sequence[Any]:
         """One array for each place."""
         given: Sequence[Any] = [
-            arguments[i].reshape((-1, 1)) if i in self.by_row and getattr(arguments[i], "ndim", 0) else arguments[i]
-            for i in self.arguments
+            arguments[i].reshape((-1, 1)) if i in self.by_row else arguments[i] for i in self.arguments
         ]
         if dtype.itemsize > 2:  # float16 is computed in float32, which statistics have already
             given = backend.cast_operands(self.formula, given, dtype)

@@ -42,7 +42,7 @@ def view_of(op: Primitive, source: Tensor, params: dict[str, Any], array: Any) -
     made = wrap(array, source._device)
     made._cell, made._view = source._cell, (op, source, params)
     if source._node is not None or not source._requires_grad:  # others cannot be changed in place
-        made._cell.append(ref(made))  # type: ignore[arg-type]
+        made._cell.append(ref(made))
         prune(made._cell)
     return made
 

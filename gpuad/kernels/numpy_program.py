@@ -487,7 +487,8 @@ class NumpyProgram:
             if type(given) is np.ndarray and given.shape == shape and given.dtype == dtype:
                 return host_sum(given, axes, keepdims, None, scale)
         if i not in self._singles:
-            self._singles[i] = NumpyProgram(self.formula.of([output]))
+            single: Any = self.formula.of([output])
+            self._singles[i] = NumpyProgram(single)
         return self._singles[i].reduce(arguments, dtype, axes, keepdims, scale)
 
     def _reduce_in_blocks(

@@ -102,7 +102,8 @@ def _like_input(gradients: list[Any], gradient: Any) -> list[Any]:
 def _input_gradient(backend: Any, gradient: Any, weight: Any, parent: Any, walk: Any, leading: tuple[int, ...]) -> Any:
     """g @ weight; past an activation in one product, and then WRITTEN. leading: the dimensions that are rows of g."""
     if type(parent) is EpilogueNode and walk.passes(parent):
-        bias = parent.parents[0].parents[2]
+        before: Any = parent.parents[0]
+        bias = before.parents[2]
         found = backend.input_gradient(gradient, weight, parent.kept, bias is not None, walk.room(bias))
         if found is not None:
             passed, total = found
@@ -135,7 +136,7 @@ def _linear(backend: Any, x: Any, weight: Any, bias: Any) -> Any:
 
 
 # The rules see the gradient as a matrix, see LinearOp.
-linear_ = LinearOp(
+linear_: LinearOp = LinearOp(
     "linear",
     _linear,
     vjp={
@@ -222,7 +223,7 @@ class LinearActivation(Op):
         tensors = (input, weight) if bias is None else (input, weight, bias)
         wanted = tuple([i for i, t in enumerate(tensors) if t._requires_grad]) if state.enabled else ()
         arrays = [t._data for t in tensors] + [None] * (3 - len(tensors))
-        found = backend.linear_activation(_matrix(arrays[0]), *arrays[1:], self.activation, bool(wanted))
+        found = backend.linear_activation(_matrix(arrays[0]), arrays[1], arrays[2], self.activation, bool(wanted))
         if found is None:
             return None
         array, kept = found

@@ -28,7 +28,7 @@ class Pieces(Op):
     Changed in place, the pieces go on as those single views, see gpuad/autograd/views.py.
     """
 
-    def __call__(self, input: Any, op: Any, each: Sequence[dict], dim: int, lengths: Sequence[int]) -> tuple[Any, ...]:  # type: ignore[override]
+    def __call__(self, input: Any, op: Any, each: Sequence[dict], dim: int, lengths: Sequence[int]) -> tuple[Any, ...]:
         if Interpreters.active or not state.enabled or not input._requires_grad or len(each) < 2:
             return tuple(op(input, **params) for params in each)
         data, device, parent = input._data, input._device, input._node

@@ -11,7 +11,8 @@ from gpuad.autograd.elementwise import Elementwise
 from gpuad.autograd.op import function
 from gpuad.errors import ShapeError
 from gpuad.kernels.formula import trace
-from gpuad.kernels.scalar import exp, row_logsumexp, row_mean, row_size, row_sum, rsqrt
+from gpuad.kernels.scalar import column_index, exp, row_logsumexp, row_mean, row_size, row_sum, rsqrt, where
+from gpuad.ops.creation import arange
 from gpuad.ops.reduction import axis_of
 from gpuad.ops.samples import S
 
@@ -40,6 +41,45 @@ def row_op(
 
 
 softmax_rows = row_op("softmax", lambda x: exp(x - row_logsumexp(x)), "exp(x) / Σ exp(x) over each row of a matrix.")
+
+
+def _scaled_softmax(x: Any, scale: Any) -> Any:
+    scores = x * scale
+    return exp(scores - row_logsumexp(scores))
+
+
+def _masked_softmax(x: Any, mask: Any, scale: Any) -> Any:
+    scores = where(mask, x * scale, -math.inf)
+    return exp(scores - row_logsumexp(scores))
+
+
+def _shifted_softmax(x: Any, mask: Any, scale: Any) -> Any:
+    scores = x * scale + mask
+    return exp(scores - row_logsumexp(scores))
+
+
+def _causal_softmax(x: Any, last: Any, scale: Any) -> Any:
+    scores = where(column_index() <= last, x * scale, -math.inf)
+    return exp(scores - row_logsumexp(scores))
+
+
+def _softmax_op(name: str, formula: Callable, doc: str, *more: S) -> Elementwise:
+    traced = trace(formula, name, rows=["last"], labels=["last"], scalars=["scale"])
+    return Elementwise(name, traced, [(S((2, 8)), *more, 0.5)], doc, autocast="float32")
+
+
+scaled_softmax_rows = _softmax_op("scaled_softmax", _scaled_softmax, "softmax(x · scale) over each row.")
+masked_softmax_rows = _softmax_op(
+    "masked_softmax", _masked_softmax, "softmax(x · scale) over each row, where mask is True.",
+    S((2, 8), kind="bool"),
+)  # fmt: skip
+shifted_softmax_rows = _softmax_op(
+    "shifted_softmax", _shifted_softmax, "softmax(x · scale + mask) over each row.", S((2, 8))
+)
+causal_softmax_rows = _softmax_op(
+    "causal_softmax", _causal_softmax, "softmax(x · scale) over each row up to column `last`, one for each row.",
+    S((2,), 0, 8, (), "int"),
+)  # fmt: skip
 log_softmax_rows = row_op("log_softmax", lambda x: x - row_logsumexp(x), "x − log Σ exp(x) over each row of a matrix.")
 
 
@@ -140,6 +180,27 @@ def log_softmax(input: Any, dim: int = -1, dtype: Any = None) -> Any:
 def softmin(input: Any, dim: int = -1, dtype: Any = None) -> Any:
     """softmax(−input)."""
     return softmax(-input, dim, dtype)
+
+
+def attention_weights(scores: Any, scale: float, mask: Any, causal: bool) -> Any:
+    """softmax(scores · scale + mask) over the last dimension, in one kernel.
+
+    scores: (*, L, S). mask: None, bool (True takes part) or added; broadcast to (*, L, S). causal: instead of a mask,
+    row i sees the columns up to i.
+    """
+    shape = tuple(scores.shape)
+    if not scores.numel():
+        return scores.softmax(-1)
+    rows = scores.reshape(-1, shape[-1])
+    if causal:
+        last = arange(shape[-2], device=scores.device).expand(shape[:-1]).reshape(-1)
+        found = causal_softmax_rows(rows, last, scale)
+    elif mask is None:
+        found = scaled_softmax_rows(rows, scale)
+    else:
+        op = masked_softmax_rows if mask.dtype.kind == "b" else shifted_softmax_rows
+        found = op(rows, mask.expand(shape).reshape(-1, shape[-1]), scale)
+    return found.reshape(shape)
 
 
 def _as_rows(name: str, x: Any, normalized_shape: Any, **parameters: Any) -> tuple[Any, int]:
