@@ -56,7 +56,7 @@ class Formula:
         # Conditions and labels keep their own dtype; the others are promoted together.
         self.promoted = tuple(i for i, v in enumerate(self.inputs) if v.kind == "number")
         self.bool_outputs = tuple(_is_bool(o) for o in self.outputs)
-        # A row formula has row functions or inputs with one value a row; its arrays are (rows, columns) and (rows,).
+        # A row formula has row functions, or inputs with one value a row or column; elements are (rows, columns).
         known: dict[Expr, str] = {}
         found = [derive.level(o, known) for o in self.outputs]
         self.is_row = any(n.function.across for n in known) or any(v.level in ("row", "column") for v in self.inputs)

@@ -19,7 +19,7 @@ from gpuad.errors import ShapeError
 from gpuad.ops.indexing import slice_
 from gpuad.ops.reduction import axis_of
 from gpuad.ops.shape import cat, narrow_, unsqueeze
-from gpuad.tensor import wrap
+from gpuad.tensor import Tensor, wrap
 
 
 class Pieces(Op):
@@ -29,7 +29,8 @@ class Pieces(Op):
     """
 
     def __call__(self, input: Any, op: Any, each: Sequence[dict], dim: int, lengths: Sequence[int]) -> tuple[Any, ...]:
-        if Interpreters.active or not state.enabled or not input._requires_grad or len(each) < 2:
+        recorded = isinstance(input, Tensor) and input._requires_grad and state.enabled
+        if not recorded or Interpreters.active or len(each) < 2:
             return tuple(op(input, **params) for params in each)
         data, device, parent = input._data, input._device, input._node
         info = (dim, tuple(lengths), [None] * len(each), data.shape, data.dtype)
