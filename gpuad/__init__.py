@@ -243,6 +243,11 @@ from gpuad.ops.maths import (
 from gpuad.ops.maths import (
     trunc as fix,
 )
+from gpuad.ops.pieces import (
+    chunk,
+    split,
+    unbind,
+)
 from gpuad.ops.reduction import (
     all,
     amax,
@@ -275,7 +280,6 @@ from gpuad.ops.shape import (
     broadcast_tensors,
     broadcast_to,
     cat,
-    chunk,
     clone,
     contiguous,
     diag,
@@ -294,7 +298,6 @@ from gpuad.ops.shape import (
     reshape,
     reshape_as,
     roll,
-    split,
     squeeze,
     stack,
     t,
@@ -303,7 +306,6 @@ from gpuad.ops.shape import (
     transpose,
     tril,
     triu,
-    unbind,
     unflatten,
     unsqueeze,
     view,

@@ -41,7 +41,7 @@ from gpuad.ops.losses import (
     nll_loss,
     smooth_l1_loss,
 )
-from gpuad.ops.rows import batch_norm, layer_norm, log_softmax, rms_norm, softmax, softmin
+from gpuad.ops.rows import attention_weights, batch_norm, layer_norm, log_softmax, rms_norm, softmax, softmin
 
 sigmoid = gpuad.sigmoid
 tanh = gpuad.tanh
@@ -101,11 +101,6 @@ def scaled_dot_product_attention(
     query: (*, L, d). key: (*, S, d). value: (*, S, e). attn_mask: bool (True takes part) or added, broadcast to
     (*, L, S). Source: Vaswani et al., "Attention Is All You Need", arXiv:1706.03762, equation 1.
     """
-    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        rows, columns = scores.shape[-2:]
-        attn_mask = gpuad.ones(rows, columns, dtype=bool, device=query.device).tril()
-    if attn_mask is not None:
-        masked = attn_mask.dtype == gpuad.bool
-        scores = gpuad.where(attn_mask, scores, float("-inf")) if masked else scores + attn_mask
-    return dropout(scores.softmax(-1), dropout_p) @ value
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    weights = attention_weights(query @ key.mT, scale, attn_mask, is_causal)
+    return dropout(weights, dropout_p) @ value

@@ -8,6 +8,7 @@ import pytest
 import gpuad
 import gpuad.nn.functional as F
 from gpuad import nn, optim
+from gpuad.autograd.node import Node
 from gpuad.ops.linear import EpilogueNode
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": lambda: nn.GELU(approximate="tanh")}
@@ -251,3 +252,35 @@ def test_a_product_that_the_library_refuses_after_all(cuda_device, fused_on_cuda
         found = network(cuda_device, "relu")(batch(cuda_device))
         close([found.detach().cpu().numpy()], [expected.detach().numpy()])
     assert Stub.calls == 5  # two layers with and, as plain ones, without relu, and the last: once each, no more
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 8), (8,), (2, 1, 3, 8)], ids=str)
+def test_epilogues_of_any_number_of_dimensions_forwards_and_backwards(device, fused, shape):
+    """The node behind each activation is EpilogueNode, whose parents are linear; 13 columns leave gaps in gelu's."""
+    if not fused:
+        pytest.skip("this device has no products with epilogues")
+    model = network(device, "gelu", sizes=(8, 13, 16, 3))
+    x = gpuad.tensor(np.random.default_rng(2).standard_normal(shape), device=device, requires_grad=True)
+    y = model(x)
+    names = []
+    node = y.grad_fn
+    while isinstance(node, Node):
+        names.append("epilogue" if isinstance(node, EpilogueNode) else node.name())
+        node = node.parents[0]
+    assert names == ["linear", "epilogue", "linear", "epilogue", "linear"]
+    act = y.grad_fn.parents[0]
+    y.square().sum().backward()
+    assert act.kept is None and act.parents[0].parents[0].kept is None  # passed by, and freed
+
+
+def test_the_gradients_of_strided_inputs(device):
+    """Inputs whose leading dimensions are no view as one."""
+    found = []
+    for place in ("cpu", device):
+        model = network(place, "relu")
+        x = gpuad.tensor(np.random.default_rng(2).standard_normal((3, 2, 5)), device=place, requires_grad=True)
+        y = model(x.transpose(0, 1))
+        y.transpose(0, 1).square().sum().backward()
+        model(x.detach().transpose(0, 1)).sum().backward()
+        found.append([y.detach().cpu().numpy(), x.grad.cpu().numpy(), *gradients(model)])
+    close(found[1], found[0])

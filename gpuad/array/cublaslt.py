@@ -163,8 +163,10 @@ def _matmul(epilogue: int, a: Any, b: Any, out: Any, beta: float, bias: Any, sav
     device, stream = cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr
     pointers = [a.data.ptr, b.data.ptr, out.data.ptr]
     bits = pointers[0] | pointers[1] | pointers[2] | 256
+    bias_bits = 256 if bias is None else bias.data.ptr | 256  # a part of a larger array may lie anywhere
     leading = saved.leading if saved is not None else 0
-    key = (device, a.dtype.char, tf32, epilogue, m, n, k, a_layout, b_layout, leading, bits & -bits)
+    alignments = bits & -bits, bias_bits & -bias_bits
+    key = (device, a.dtype.char, tf32, epilogue, m, n, k, a_layout, b_layout, leading, *alignments)
     plans = _thread.plans
     if key in plans:
         plan = plans[key]
@@ -211,6 +213,7 @@ def _set_pointer(description: int, attribute: int, value: int) -> None:
 def _plan(
     char: str, tf32: bool, epilogue: int, m: int, n: int, k: int, a_layout: tuple[int, int],
     b_layout: tuple[int, int], leading: int, alignment: int,
+    bias_alignment: int,
 ) -> _Plan | None:  # fmt: skip
     kind = plain._TYPES.get(char)
     if kind is None:
@@ -222,9 +225,9 @@ def _plan(
         _set(lt.matmul_desc_set_attribute, description, attribute, ctypes.c_int32(value))
     if leading:
         _set(lt.matmul_desc_set_attribute, description, _AUX_LD, ctypes.c_int64(leading))
-    # Any aligned address: the heuristic looks at whether there is one; each call sets its own.
-    for attribute in (_BIAS_POINTER, _AUX_POINTER):
-        _set(lt.matmul_desc_set_attribute, description, attribute, ctypes.c_uint64(1 << 20))
+    # Any address as well aligned: the heuristic looks at whether there is one; each call sets its own.
+    for attribute, address in ((_BIAS_POINTER, bias_alignment), (_AUX_POINTER, 1 << 20)):
+        _set(lt.matmul_desc_set_attribute, description, attribute, ctypes.c_uint64(address))
     a = lt.matrix_layout_create(kind.code, *((k, n) if b_layout[0] else (n, k)), b_layout[1])
     b = lt.matrix_layout_create(kind.code, *((m, k) if a_layout[0] else (k, m)), a_layout[1])
     out = lt.matrix_layout_create(kind.code, n, m, n)

@@ -55,6 +55,8 @@ class NumpyBackend(Backend):
         return results[0] if len(results) == 1 else results
 
     def cast_operands(self, formula: Any, arguments: Sequence[Any], dtype: np.dtype) -> Sequence[Any]:
+        if formula.is_row and dtype.itemsize == 2:
+            return arguments  # computed in float32, which a row's statistics have already
         arguments = list(arguments)
         for i in formula.promoted:
             if type(arguments[i]) is np.ndarray and arguments[i].dtype != dtype:

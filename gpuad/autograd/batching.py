@@ -113,12 +113,12 @@ def rows(batch: Batch, op: Any, inputs: Sequence[Any], params: dict) -> Any:
     """A formula of rows: the rows of all examples, one example after the other."""
     formula = op.formula
     kinds = [v.level for v in formula.inputs]
-    several = [k != "scalar" or not batch.has(x) for k, x in zip(kinds, inputs, strict=True)]
+    several = [k in ("element", "row") or not batch.has(x) for k, x in zip(kinds, inputs, strict=True)]
     if not all(several) or not all(k in ("element", "row") for k in formula.levels[: op.visible]):
         return loop(batch, op, inputs, params)
-    count = next(x._data.shape[0] for k, x in zip(kinds, inputs, strict=True) if k != "scalar")
+    count = next(x._data.shape[0] for k, x in zip(kinds, inputs, strict=True) if k in ("element", "row"))
     flat = [
-        x if k == "scalar" else batch.front(x).reshape((batch.size * count, *x._data.shape[1:]))
+        x if k in ("scalar", "column") else batch.front(x).reshape((batch.size * count, *x._data.shape[1:]))
         for k, x in zip(kinds, inputs, strict=True)
     ]
     result = op(*flat)

@@ -11,6 +11,7 @@ import numpy as np
 from gpuad.array import dtypes
 from gpuad.array.device import Device, default_device, of_array
 from gpuad.autograd import batching
+from gpuad.autograd.column_sums import column_sums
 from gpuad.autograd.levels import batches_of
 from gpuad.autograd.modes import state
 from gpuad.autograd.node import WRITTEN, Node, OutputNode
@@ -40,10 +41,11 @@ class _Plan:
 
     inputs, outputs: which of the op's inputs and outputs are saved. passed: wanted inputs whose gradient is the
     incoming one itself. formula: the others together, as a formula of (gradients, saved…); None where there are none.
+    columns: inputs of a row formula with one value a column; sums: those that are not in `formula`, see column_sums.py.
     """
 
     __slots__ = ("wanted", "inputs", "outputs", "visible_outputs", "passed", "computed", "formula", "single",
-                 "_recorded", "_op")  # fmt: skip
+                 "columns", "sums", "in_formula", "_recorded", "_op")  # fmt: skip
 
     def __init__(self, op: Elementwise, wanted: tuple[int, ...]) -> None:
         derivative: Derivative = op.formula.vjp(wanted, op.visible, op.keeps_output)
@@ -55,7 +57,11 @@ class _Plan:
         self.passed = frozenset(i for i, r in results.items() if r is cotangents[0])
         self.computed = tuple(i for i in wanted if i not in self.passed)
         levels = {i: op.formula.inputs[i].level for i in wanted}
-        self.formula = full.of([results[i] for i in self.computed], [levels[i] for i in self.computed])
+        self.columns = frozenset(i for i in wanted if levels[i] == "column")
+        self.sums = column_sums(full, results, sorted(self.columns)) if self.columns else None
+        summed = self.sums.places if self.sums else ()
+        self.in_formula = tuple(i for i in self.computed if i not in summed)
+        self.formula = full.of([results[i] for i in self.in_formula], [levels[i] for i in self.in_formula])
         # One formula for each gradient that is summed: a sum behind a formula is one launch.
         alone = () if op.formula.is_row else wanted
         self.single: dict[int, Any] = {i: full.of([results[i]], name=f"{full.name}_{i}") for i in alone}
@@ -110,6 +116,9 @@ class Elementwise(Op):
         self.names = [v.name for v in formula.inputs]
         self.visible = len(formula.outputs) - hidden
         self.several = self.visible > 1
+        if formula.is_row:
+            formula.statistics = frozenset(range(self.visible, len(formula.outputs)))
+        self._by_column = any(v.level == "column" for v in formula.inputs)
         self.differentiable = not all(formula.bool_outputs)
         self._plans: dict[Any, _Plan] = {}
         self._tangent_ops: dict[tuple[Any, ...], Elementwise] = {}
@@ -314,12 +323,11 @@ class Elementwise(Op):
              for i, x in enumerate(inputs)]
         )  # fmt: skip
         shape = outs[0]._data.shape
-        if (
-            self.formula.is_row
-            or all([e is None or e == (shape, dtype) for e in layout])
-            and all(
-                [not isinstance(arrays[i], device.backend.array_type) or arrays[i].dtype == dtype for i in plan.inputs]
-            )
+        if self.formula.is_row:
+            if not self._by_column and all([e is None or e[1] == dtype for e in layout]):
+                layout = None
+        elif all([e is None or e == (shape, dtype) for e in layout]) and all(
+            [not isinstance(arrays[i], device.backend.array_type) or arrays[i].dtype == dtype for i in plan.inputs]
         ):
             layout = None
         info = (plan, layout) if not self.several else (plan, layout, [(o._data.shape, o._data.dtype) for o in outs])
@@ -356,6 +364,8 @@ class Elementwise(Op):
         backend = node.device.backend
         gradients = self._fill(node, gradient, backend) if self.several else (gradient,)
         shape, dtype = gradients[0].shape, gradients[0].dtype
+        if self.formula.is_row:
+            return self._backward_rows(backend, gradients, plan, layout, node.check())
         arguments = (*gradients, *saved)
         result: list[Any] = [None] * self.arity
         whole = []
@@ -400,6 +410,24 @@ class Elementwise(Op):
                     result[i] = backend.cast(result[i], layout[i][1])
         return result
 
+    def _backward_rows(
+        self, backend: Any, gradients: Sequence[Any], plan: _Plan, layout: Any, saved: Sequence[Any]
+    ) -> list[Any]:
+        """Of a row formula that has several outputs, several dtypes, or inputs with one value a column."""
+        arguments, dtype = (*gradients, *saved), gradients[0].dtype
+        result: list[Any] = [gradients[0] if i in plan.passed else None for i in range(self.arity)]
+        if plan.formula is not None:
+            values = backend.elementwise_mixed(plan.formula, arguments, dtype)
+            for i, value in zip(plan.in_formula, [values] if len(plan.in_formula) == 1 else values, strict=True):
+                result[i] = backend.sum(value, (0,)) if i in plan.columns else value
+        if plan.sums is not None:
+            for i, value in zip(plan.sums.places, plan.sums(backend, arguments, dtype), strict=True):
+                result[i] = value
+        if layout is not None:
+            for i in plan.wanted:
+                result[i] = backend.cast(result[i], layout[i][1])
+        return result
+
     def _fill(self, node: Node, gradients: Sequence[Any], backend: Any) -> tuple[Any, ...]:
         """Zeros for outputs that got no gradient."""
         return tuple(
@@ -424,7 +452,7 @@ class Elementwise(Op):
                 for g, z in zip(gradient, self._fill(node, gradient_arrays(gradient), backend), strict=True)
             ]
         values: dict[int, Any] = dict.fromkeys(plan.passed, gradients[0])
-        if plan.formula is not None:
+        if plan.computed:
             computed = plan.op()(*gradients, *arguments)
             values.update(zip(plan.computed, computed if plan.op().several else [computed], strict=True))
         result: list[Any] = [None] * self.arity
@@ -432,7 +460,9 @@ class Elementwise(Op):
             value = values[i]
             if layout is not None:
                 shape, dtype = layout[i]
-                if value._data.shape != shape:
+                if i in plan.columns:
+                    value = value.sum(0)
+                elif value._data.shape != shape:
                     value = value.sum_to_size(shape)
                 if value._data.dtype != dtype:
                     value = value.to(dtype)

@@ -48,6 +48,7 @@ class Reduced(Elementwise):
         levels = [self.term.levels[0], *self.term.levels[len(self.term.outputs) - len(kept) :]]
         scaled = Formula(name, [*self.term.inputs, scale], [first, *kept], levels)
         super().__init__(name, scaled, samples, doc, hidden=len(kept), autocast="float32")
+        self.term.statistics = frozenset(range(len(self.term.outputs) - len(kept), len(self.term.outputs)))
         self._promoted = frozenset(self.term.promoted)
         self.first_element = next((i for i, v in enumerate(self.term.inputs) if v.level == "element"), 0)
 

@@ -8,6 +8,7 @@ view, as (op, source, parameters); the version cell that x shares with its views
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
+from weakref import ref
 
 import numpy as np
 
@@ -34,6 +35,16 @@ def follow(array: Any, chain: Chain) -> Any:
     for name, params in chain:
         array = table[name](array, **params)
     return array
+
+
+def view_of(op: Primitive, source: Tensor, params: dict[str, Any], array: Any) -> Tensor:
+    """A tensor around `array`, what the view operation makes of `source`, that follows changes in place."""
+    made = wrap(array, source._device)
+    made._cell, made._view = source._cell, (op, source, params)
+    if source._node is not None or not source._requires_grad:  # others cannot be changed in place
+        made._cell.append(ref(made))
+        prune(made._cell)
+    return made
 
 
 def put(backend: Any, input: Any, value: Any, *, chain: Chain, order: tuple[int, ...]) -> Any:

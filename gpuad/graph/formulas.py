@@ -115,10 +115,12 @@ def programs(op: Any, wanted: tuple[int, ...], dtype: np.dtype) -> dict[str, str
     if isinstance(op, Elementwise):
         _add_programs(found, "forward", op.term if isinstance(op, Reduced) else op.formula, dtype)
         if wanted and op.differentiable:
-            computed = op.plan(wanted).formula
-            if computed is None:
+            computed, sums = op.plan(wanted).formula, op.plan(wanted).sums
+            if sums is not None:
+                _add_programs(found, "backward, summed over the rows", sums.formula, dtype)
+            elif computed is None:
                 found["NumPy, backward"] = found["CUDA, backward"] = "The gradient is passed on as it is: nothing runs."
-            else:
+            if computed is not None:
                 _add_programs(found, "backward", computed, dtype)
     elif isinstance(op, Primitive):
         for title, function in (("forward", op.forward), *((f"rule of {n}", r.function) for n, r in op.rules.items())):

@@ -87,7 +87,7 @@ class CudaKernel:
         scale: float = 1.0,
         out: Any = None,
     ) -> Any:
-        """scale · the sum over `axes` of the (one) output, in `out` where it is given: one launch."""
+        """scale · the sum over `axes` of the output (a list for several; `out`: of one), one launch."""
         if self._sum is None:
             self._sum = SumKernel(self.formula)
         return self._sum(arguments, dtype, axes, keepdims, scale, out)

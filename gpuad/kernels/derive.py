@@ -19,15 +19,15 @@ ONE = constant(1.0)
 
 
 def level(node: Expr, known: dict[Expr, str]) -> str:
-    """Over what a node varies: "scalar", "row" (one value a row) or "element"; `known` caches."""
+    """Over what a node varies: "scalar", "row" (one value a row), "column" or "element"; `known` caches."""
     for each in topological([node], known):
         if isinstance(each, Variable):
             known[each] = each.level
         elif each.function.across:
             known[each] = {"row": "row", "column": "element", "length": "scalar"}[each.function.across]
         else:
-            levels = {known[a] for a in each.args}
-            known[each] = "element" if "element" in levels else "row" if "row" in levels else "scalar"
+            levels = {known[a] for a in each.args} - {"scalar"}
+            known[each] = "scalar" if not levels else levels.pop() if len(levels) == 1 else "element"
     return known[node]
 
 
@@ -96,7 +96,8 @@ def _reverse(
             adjoint[output] = _sum(adjoint.get(output), cotangent)
 
     def contribute(node: Expr, value: Expr) -> None:
-        if levels[node] != "element" and level(value, levels) == "element":
+        # What is summed over the rows, for an input of one value a column, is summed behind the formula.
+        if levels[node] in ("row", "scalar") and level(value, levels) in ("element", "column"):
             value = row_sum(value)
         adjoint[node] = _sum(adjoint.get(node), value)
 

@@ -199,7 +199,7 @@ class Variable(Expr):
     """An input of a formula, known by its name.
 
     kind: "number", "mask" (a condition, left out of dtype promotion) or "label" (an integer, likewise).
-    level: "element", or "row" for one value a row (in formulas with row functions).
+    level: "element"; in row formulas also "row" and "column", for one value a row or column, and "scalar".
     """
 
     __slots__ = ("name", "kind", "level")

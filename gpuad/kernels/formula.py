@@ -17,6 +17,7 @@ from gpuad.array import dtypes
 from gpuad.errors import FormulaError
 from gpuad.kernels import derive, simplify  # noqa: F401  (simplify registers its rules)
 from gpuad.kernels.cuda_kernel import CudaKernel
+from gpuad.kernels.cuda_source import compute_dtype
 from gpuad.kernels.expr import Constant, Expr, Variable, as_expr, substitute, topological, variable, variables
 from gpuad.kernels.numpy_program import NumpyProgram, single_ufunc
 from gpuad.kernels.rows_cuda import RowKernel
@@ -55,11 +56,13 @@ class Formula:
         # Conditions and labels keep their own dtype; the others are promoted together.
         self.promoted = tuple(i for i, v in enumerate(self.inputs) if v.kind == "number")
         self.bool_outputs = tuple(_is_bool(o) for o in self.outputs)
-        # A row formula has row functions or inputs with one value a row; its arrays are (rows, columns) and (rows,).
+        # A row formula has row functions, or inputs with one value a row or column; elements are (rows, columns).
         known: dict[Expr, str] = {}
         found = [derive.level(o, known) for o in self.outputs]
-        self.is_row = any(n.function.across for n in known) or any(v.level == "row" for v in self.inputs)
-        self.levels = tuple(found if levels is None else levels)
+        self.is_row = any(n.function.across for n in known) or any(v.level in ("row", "column") for v in self.inputs)
+        self.levels = tuple(map(_output_level, found if levels is None else levels))
+        # Outputs that are kept for the derivative only, the statistics of rows: not rounded to float16.
+        self.statistics: frozenset[int] = frozenset()
         self.ufunc: np.ufunc | None = None if self.is_row else single_ufunc(self)
 
     def __repr__(self) -> str:
@@ -67,6 +70,8 @@ class Formula:
 
     def out_dtype(self, i: int, dtype: np.dtype) -> np.dtype:
         """The dtype of output i when numbers are computed in `dtype`."""
+        if i in self.statistics:
+            return compute_dtype(dtype)
         return dtypes.bool_ if self.bool_outputs[i] else dtype
 
     def runner(self, language: str) -> Any:
@@ -112,7 +117,7 @@ class Formula:
                 placeholders[output] = self._fresh(f"y{i}", self.levels[i])
                 if i >= visible:
                     hidden[placeholders[output]] = output
-        levels = [self.inputs[i].level for i in wanted]
+        levels = [_output_level(self.inputs[i].level) for i in wanted]
         from_inputs = self._kept(results, first, {}, {}, levels)
         if not placeholders:
             return from_inputs
@@ -126,7 +131,7 @@ class Formula:
     ) -> Derivative:
         written_out = substitute(results, hidden) if hidden else results
         used = set(variables([*results, *written_out]))
-        if self.is_row and "element" in levels and not any(v.level == "element" for v in (*used, *first)):
+        if self.is_row and not any(v.level == "element" for v in (*used, *first)):
             used.add(next(v for v in self.inputs if v.level == "element"))  # for the shape of what is computed
         inputs = tuple(i for i, v in enumerate(self.inputs) if v in used)
         chosen = {placeholders[o]: i for i, o in reversed(list(enumerate(self.outputs))) if o in placeholders}
@@ -174,6 +179,11 @@ class Derivative(NamedTuple):
     recorded: Formula
 
 
+def _output_level(level: str) -> str:
+    """No output has one value a column: the gradient of such an input is summed over the rows behind the formula."""
+    return "element" if level == "column" else level
+
+
 def _is_bool(node: Expr) -> bool:
     if node.function is where:
         return _is_bool(node.args[1]) and _is_bool(node.args[2])
@@ -199,11 +209,12 @@ def trace(
     rows: Sequence[str] = (),
     labels: Sequence[str] = (),
     scalars: Sequence[str] = (),
+    columns: Sequence[str] = (),
 ) -> Formula:
     """Call `function` once with symbolic numbers, one for each of its parameters, and return its formula.
 
-    rows: parameters with one value a row; scalars: with one value in all (in row formulas); labels: integers (left out
-    of promotion).
+    rows, columns, scalars: parameters with one value a row, a column, or in all (in row formulas); labels: integers
+    (left out of promotion).
     Raises FormulaError, saying what to write instead, where the function is not elementwise.
     """
     title: str = name if name else getattr(function, "__name__", "formula")
@@ -213,13 +224,9 @@ def trace(
             raise FormulaError(
                 f"The formula {title} takes *{p.name}; name each input, so that the kernel knows how many."
             )
+    levels = {**dict.fromkeys(rows, "row"), **dict.fromkeys(columns, "column"), **dict.fromkeys(scalars, "scalar")}
     inputs = [
-        variable(
-            p.name,
-            "label" if p.name in labels else "number",
-            "row" if p.name in rows else "scalar" if p.name in scalars else "element",
-        )
-        for p in parameters
+        variable(p.name, "label" if p.name in labels else "number", levels.get(p.name, "element")) for p in parameters
     ]
     result = function(*inputs)
     results = list(result) if isinstance(result, (tuple, list)) else [result]

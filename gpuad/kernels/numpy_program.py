@@ -319,6 +319,7 @@ class NumpyProgram:
         self.copies = [isinstance(o, Variable) for o in self.outputs]  # an input handed on is copied
         self._whole: dict[tuple, Callable] = {}
         self._calls: dict[tuple, tuple[Callable | None, tuple, list[int]]] = {}
+        self._singles: dict[int, NumpyProgram] = {}
         self._block: dict[tuple, tuple[Callable, list[str]]] = {}
 
     def whole(self, scalars: frozenset[int], full: frozenset[int]) -> Callable:
@@ -456,8 +457,10 @@ class NumpyProgram:
 
     def reduce(
         self, arguments: Sequence[Any], dtype: np.dtype, axes: tuple[int, ...], keepdims: bool, scale: float = 1.0
-    ) -> np.ndarray:
-        """scale · the sum over `axes` of the (one) output, without a temporary of its size when it is large."""
+    ) -> Any:
+        """scale · the sum over `axes` of the output (a list for several), without a full temporary when it is large."""
+        if len(self.outputs) > 1:
+            return [self._sum_of(i, arguments, dtype, axes, keepdims, scale) for i in range(len(self.outputs))]
         if dtype == np.float16:
             arguments = [a.astype(np.float32) if type(a) is np.ndarray and a.dtype == dtype else a for a in arguments]
             return self.reduce(arguments, np.dtype(np.float32), axes, keepdims, scale).astype(np.float16)
@@ -474,6 +477,20 @@ class NumpyProgram:
             if type(term) is np.ndarray and term.shape == call[1]:
                 return host_sum(term, axes, keepdims, None, scale)
         return host_sum(self(arguments, dtype)[0], axes, keepdims, None, scale)
+
+    def _sum_of(
+        self, i: int, arguments: Sequence[Any], dtype: np.dtype, axes: tuple[int, ...], keepdims: bool, scale: float
+    ) -> np.ndarray:
+        """The sum of one output; of an input handed on, that of the input."""
+        output, shape = self.formula.outputs[i], _survey(arguments)[1]
+        if self.copies[i]:
+            given = arguments[self.formula.inputs.index(output)]
+            if type(given) is np.ndarray and given.shape == shape and given.dtype == dtype:
+                return host_sum(given, axes, keepdims, None, scale)
+        if i not in self._singles:
+            single: Any = self.formula.of([output])
+            self._singles[i] = NumpyProgram(single)
+        return self._singles[i].reduce(arguments, dtype, axes, keepdims, scale)
 
     def _reduce_in_blocks(
         self, arguments: Sequence[Any], dtype: np.dtype, axes: tuple[int, ...], scalars: frozenset[int], shape: tuple

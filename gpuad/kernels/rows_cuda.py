@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 WARP_COLUMNS = 1024
 ROWS = 8
 
+# The levels of what differs along a row.
+_ACROSS = ("element", "column")
+
 # Reductions by all threads of a row; every thread gets the result. A running maximum and sum make logsumexp one pass
 # (Milakov & Gimelshein, arXiv:1805.02867); an infinite maximum is its own result.
 _WARP = r"""
@@ -163,6 +166,9 @@ class RowKernel:
             elif variable.level == "row":
                 parameters.append(f"const long long r{i}")
                 loads_row.append(f"const {kind} u{i} = ({kind})p{i}[row * r{i}];")
+            elif variable.level == "column":
+                parameters.append(f"const long long s{i}")
+                loads_element[variable] = f"const {kind} u{i} = ({kind})p{i}[c * s{i}];"
             else:
                 parameters += [f"const long long r{i}", f"const long long s{i}"]
                 loads_element[variable] = f"const {kind} u{i} = ({kind})p{i}[row * r{i} + c * s{i}];"
@@ -272,7 +278,7 @@ class RowKernel:
     def _write_rows(self, roots: Sequence[Expr], names: dict[Expr, str], lines: list[str], T: str) -> None:
         """Statements for the nodes below the roots that have one value a row (or in all)."""
         for node in topological(roots):
-            if node in names or isinstance(node, (Constant, Variable)) or self._level(node) == "element":
+            if node in names or isinstance(node, (Constant, Variable)) or self._level(node) in _ACROSS:
                 continue
             if node.function is row_length:
                 names[node] = f"(({T})C)"
@@ -344,6 +350,8 @@ class RowKernel:
             size = argument.dtype.itemsize
             if variable.level == "row":
                 call.append(np.int64(argument.strides[0] // size if argument.ndim else 0))
+            elif variable.level == "column":
+                call.append(np.int64(argument.strides[0] // size))
             elif variable.level == "element":
                 call += [np.int64(s // size) for s in argument.strides]
         call += made

@@ -1,7 +1,7 @@
 """A row formula as a NumPy program: elementwise parts as ufunc calls, row functions as products and reductions.
 
-Arrays are (rows, columns) for elements, (rows,) for one value a row, 0-d or numbers for one value in all. Large arrays
-are cut into blocks of rows, spread over threads.
+Arrays are (rows, columns) for elements, (rows,) and (columns,) for one value a row or column, 0-d or numbers for one
+value in all. Large arrays are cut into blocks of rows, spread over threads.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class RowProgram:
         self.copies = [isinstance(o, Variable) for o in self.outputs]  # an input handed on is copied
         self.first_element = next(i for i, v in enumerate(formula.inputs) if v.level == "element")
         self._programs: dict[frozenset[int], Callable] = {}
-        self._calls: dict[tuple, tuple[Callable, list[int], list[int]]] = {}
+        self._calls: dict[tuple, tuple[Callable, list[int], list[int], list[int]]] = {}
 
     def program(self, scalars: frozenset[int]) -> Callable:
         """The program over (rows, columns) arrays, `scalars` being Python numbers."""
@@ -184,21 +184,25 @@ class RowProgram:
         """The outputs, a list; numbers computed in `dtype` (float32 for float16)."""
         if dtype == np.float16:
             wide = [a.astype(np.float32) if type(a) is np.ndarray and a.dtype == dtype else a for a in arguments]
-            return [r.astype(dtype) if r.dtype == np.float32 else r for r in self(wide, np.dtype(np.float32))]
+            results = self(wide, np.dtype(np.float32))
+            return [r.astype(self.formula.out_dtype(i, dtype), copy=False) for i, r in enumerate(results)]
         inputs = self.formula.inputs
         kinds = tuple([type(a) is np.ndarray and (a.ndim or -1) for a in arguments])
         call = self._calls.get(kinds)
         if call is None:
             scalars = frozenset(i for i, k in enumerate(kinds) if not k or k == -1)
             rows_at = [i for i, v in enumerate(inputs) if v.level == "row" and kinds[i] == 1]
+            columns_at = [i for i, v in enumerate(inputs) if v.level == "column"]
             zero_d = [i for i, k in enumerate(kinds) if k == -1]
-            call = self._calls[kinds] = self.program(scalars), rows_at, zero_d
-        program, rows_at, zero_d = call
+            call = self._calls[kinds] = self.program(scalars), rows_at, columns_at, zero_d
+        program, rows_at, columns_at, zero_d = call
         shape = arguments[self.first_element].shape
         rows, columns = shape
         prepared = list(arguments)
         for i in rows_at:
             prepared[i] = prepared[i][:, None]
+        for i in columns_at:
+            prepared[i] = prepared[i][None]
         for i in zero_d:
             prepared[i] = prepared[i].item()
         if not rows or not columns:
@@ -213,7 +217,7 @@ class RowProgram:
             for i in range(start, stop, step):
                 j = min(i + step, stop)
                 part = [
-                    a[i:j] if type(a) is np.ndarray and v.level != "scalar" else a
+                    a[i:j] if type(a) is np.ndarray and v.level in ("element", "row") else a
                     for a, v in zip(prepared, inputs, strict=True)
                 ]
                 for out, result, level in zip(made, program(columns, *part, dtype), self.formula.levels, strict=True):

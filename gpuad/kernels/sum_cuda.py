@@ -34,12 +34,12 @@ struct Layout {{ long long v[{words}]; }};
 #define SUM_LANES blockDim.{sum_lane}
 
 extern "C" __global__ void __launch_bounds__({threads})
-{name}({parameters}{stored}* out, {sum}* partials, unsigned int* counters, const Layout layout, const {scale} scale) {{
-  __shared__ {sum} shared[{threads}];
+{name}({parameters}{sum}* partials, unsigned int* counters, const Layout layout, const {scale} scale) {{
+  __shared__ {sum} shared[{count}][{threads}];
   const long long outputs = layout.v[0], terms = layout.v[1], chunk = layout.v[2];
   const long long o = (long long)blockIdx.x * OUT_LANES + OUT_LANE;
   const unsigned int place = OUT_LANE * SUM_LANES + SUM_LANE;
-  {sum} total = 0;
+  {sum} total[{count}] = {{}};
   if (o < outputs) {{
     {kept}
     const long long stop = min((blockIdx.y + 1) * chunk, terms);
@@ -48,21 +48,24 @@ extern "C" __global__ void __launch_bounds__({threads})
       {body}
     }}
   }}
-  shared[place] = total;
+  for (int k = 0; k < {count}; ++k) shared[k][place] = total[k];
   __syncthreads();
   for (unsigned int n = SUM_LANES >> 1; n > 0; n >>= 1) {{
-    if (SUM_LANE < n) shared[place] += shared[place + n];
+    if (SUM_LANE < n) for (int k = 0; k < {count}; ++k) shared[k][place] += shared[k][place + n];
     __syncthreads();
   }}
-  if (gridDim.y == 1) {{
-    if (SUM_LANE == 0 && o < outputs) out[o] = ({stored})(shared[place] * scale);
-    return;
+  for (int k = 0; k < {count}; ++k) total[k] = shared[k][place];
+  const bool writes = SUM_LANE == 0 && o < outputs;
+  if (gridDim.y > 1) {{
+    if (writes) for (int k = 0; k < {count}; ++k) partials[(blockIdx.y * {count} + k) * outputs + o] = total[k];
+    if (!gpuad_is_last_block(counters + blockIdx.x, gridDim.y) || !writes) return;
+    for (int k = 0; k < {count}; ++k) {{
+      total[k] = 0;
+      for (unsigned int y = 0; y < gridDim.y; ++y) total[k] += partials[(y * {count} + k) * outputs + o];
+    }}
   }}
-  if (SUM_LANE == 0 && o < outputs) partials[blockIdx.y * outputs + o] = shared[place];
-  if (gpuad_is_last_block(counters + blockIdx.x, gridDim.y) && o < outputs && SUM_LANE == 0) {{
-    total = 0;
-    for (unsigned int y = 0; y < gridDim.y; ++y) total += partials[y * outputs + o];
-    out[o] = ({stored})(total * scale);
+  if (writes) {{
+    {stores}
   }}
 }}
 """
@@ -80,7 +83,7 @@ class _Plan(NamedTuple):
 
 
 class SumKernel:
-    """The sum over axes of the (one) output of a formula, called with arrays and numbers in the order of its inputs."""
+    """The sums over axes of the outputs of a formula, called with arrays and numbers in the order of its inputs."""
 
     def __init__(self, formula: Formula) -> None:
         self.formula = formula
@@ -90,7 +93,10 @@ class SumKernel:
     def __call__(
         self, arguments: Sequence[Any], dtype: np.dtype, axes: tuple[int, ...], keepdims: bool, scale: float, out: Any
     ) -> Any:
-        """scale · the sum, in `out` where it is given; numbers are computed in `dtype` (float32 for float16)."""
+        """scale · the sum, a list for several outputs; numbers are computed in `dtype` (float32 for float16).
+
+        out: where the sum of the only output goes.
+        """
         import cupy
 
         arrays = [a if isinstance(a, cupy.ndarray) else None for a in arguments]
@@ -105,6 +111,9 @@ class SumKernel:
         made = out if out is not None and out.flags.c_contiguous and out.dtype == stored else None
         if made is None:
             made = cupy.ndarray(plan.shape, stored)
+        others = [
+            cupy.ndarray(plan.shape, self.formula.out_dtype(i, dtype)) for i in range(1, len(self.formula.outputs))
+        ]
         if made.size:
             summed = compute_dtype(dtype)
             partials = cupy.ndarray((plan.partials,), _sum_dtype(summed)) if plan.partials else made
@@ -115,15 +124,16 @@ class SumKernel:
                 else summed.type(x)
                 for a, x, v in zip(arrays, arguments, self.formula.inputs, strict=True)
             ]  # fmt: skip
-            plan.kernel(plan.grid, plan.block, (*values, made, partials, counters, plan.layout, number(scale)))
+            plan.kernel(plan.grid, plan.block, (*values, made, *others, partials, counters, plan.layout, number(scale)))
         if out is not None:
             if made is not out:
                 cupy.copyto(out, made.reshape(out.shape), casting="unsafe")
             return out
+        results = [made, *others]
         if keepdims:
             full = np.broadcast_shapes(*[a.shape for a in arrays if a is not None])
-            return made.reshape([1 if i in axes else n for i, n in enumerate(full)])
-        return made
+            results = [r.reshape([1 if i in axes else n for i, n in enumerate(full)]) for r in results]
+        return results if others else results[0]
 
     def _plan(self, arrays: Sequence[Any], codes: tuple, dtype: np.dtype, axes: tuple[int, ...]) -> _Plan:
         shape = np.broadcast_shapes(*[a.shape for a in arrays if a is not None])
@@ -148,7 +158,7 @@ class SumKernel:
 
             source = self.source(dtype_names(codes), dtype, len(kept), len(summed), across)
             kernel = self._kernels[kernel_key] = cupy.RawKernel(source, f"gpuad_{self.formula.name}_sum")
-        partials = outputs * grid[1] if grid[1] > 1 else 0
+        partials = outputs * grid[1] * len(self.formula.outputs) if grid[1] > 1 else 0
         return _Plan(kernel, grid, block, layout, partials, tuple(shape[i] for i in kept_axes))
 
     def source(self, key: Sequence[str | None], dtype: np.dtype, kept: int, summed: int, across: bool) -> str:
@@ -169,8 +179,12 @@ class SumKernel:
                 loads.append(f"const {kind} u{i} = ({kind})p{i}[e{i}];")
         body = [*loads, *write_statements(formula.outputs, names, compute)]
         total = C_TYPES[_sum_dtype(compute_dtype(dtype)).name]
-        body.append(f"total += ({total}){names[formula.outputs[0]]};")
-        stored = c_types[formula.out_dtype(0, dtype).name]
+        stores = []
+        for k, output in enumerate(formula.outputs):
+            body.append(f"total[{k}] += ({total}){names[output]};")
+            stored = c_types[formula.out_dtype(k, dtype).name]
+            parameters.append(f"{stored}* out{k}, ")
+            stores.append(f"out{k}[o] = ({stored})(total[{k}] * scale);")
         return _SOURCE.format(
             fp16="#include <cuda_fp16.h>\n" if "float16" in (*key, dtype.name) else "",
             preamble=PREAMBLE,
@@ -181,8 +195,9 @@ class SumKernel:
             threads=THREADS,
             name=f"gpuad_{formula.name}_sum",
             parameters="".join(parameters),
-            stored=stored,
             sum=total,
+            count=len(formula.outputs),
+            stores="\n    ".join(stores),
             scale=C_TYPES[_scale_dtype(compute_dtype(dtype)).name],
             kept=_offsets("o", "k", arrays, kept, 3, [None] * len(arrays)),
             summed=_offsets("r", "e", arrays, summed, 3 + kept * (1 + len(arrays)), [f"k{i}" for i in arrays]),

@@ -277,7 +277,9 @@ def arange(
     length = max(0, math.ceil((end - start) / step))
     xp = place.backend.xp
     array = xp.arange(length, dtype=np.int64 if wanted.kind in "biu" else np.float64)
-    return _finish(place.backend.cast(xp.add(xp.multiply(array, step), start), wanted), place, requires_grad)
+    array = array if step == 1 else xp.multiply(array, step)
+    array = array if start == 0 else xp.add(array, start)
+    return _finish(place.backend.cast(array, wanted), place, requires_grad)
 
 
 @function(method=False)

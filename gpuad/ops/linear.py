@@ -10,10 +10,9 @@ add up.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from gpuad.array.device import of_array
 from gpuad.autograd.batching import Batch
@@ -26,6 +25,7 @@ from gpuad.errors import DtypeError, ShapeError
 from gpuad.ops.activations import gelu_tanh, relu
 from gpuad.ops.linalg import gemm, mT
 from gpuad.ops.samples import S
+from gpuad.ops.shape import contiguous
 from gpuad.tensor import Tensor, wrap
 
 
@@ -47,28 +47,34 @@ class LinearOp(Primitive):
         """The gradients of (input, weight, bias)."""
         backend = node.device.backend
         if not backend.epilogues:
-            return super().backward(node, gradient, walk)
+            if gradient.ndim == 2:
+                return super().backward(node, gradient, walk)
+            return _like_input(super().backward(node, _matrix(gradient), walk), gradient)
         walk.free_passed(node)
         plan, _ = node.info
         saved = dict(zip(plan.names, node.check(), strict=True))
         x, weight, bias = node.parents
         result: list[Any] = [None, None, None]
         total = walk.sum_of(node, gradient)
+        given, gradient = gradient, _matrix(gradient)
         if x is not None:
-            result[0] = _input_gradient(backend, gradient, saved["weight"], x, walk)
+            result[0] = _input_gradient(backend, gradient, saved["weight"], x, walk, given.shape[:-1])
         if weight is not None:
             into = walk.into(weight) if isinstance(weight, Tensor) else None
-            shape = gradient.shape[1], saved["x"].shape[1]
-            out, beta = into or (backend.empty(shape, gradient.dtype), 0.0)
+            rows = _matrix(saved["x"])
+            out, beta = into or (backend.empty((gradient.shape[1], rows.shape[1]), gradient.dtype), 0.0)
             if bias is not None and total is None:
-                total = backend.weight_gradient(gradient, saved["x"], out, beta, walk.room(bias))
+                total = backend.weight_gradient(gradient, rows, out, beta, walk.room(bias))
                 weight = None if total is not None else weight
             if weight is not None:
-                backend.gemm(gradient.T, saved["x"], out, 1.0, beta)
+                backend.gemm(gradient.T, rows, out, 1.0, beta)
             result[1] = out if into is None else WRITTEN
         if bias is not None:
             result[2] = self._bias_gradient(gradient, bias, total, walk)
-        return result
+        return _like_input(result, given)
+
+    def backward_recorded(self, node: Node, gradient: Any, walk: Any) -> list[Any]:
+        return _like_input(super().backward_recorded(node, _matrix(gradient), walk), gradient)
 
     def tangent(self, inputs: Sequence[Any], tangents: Sequence[Any], params: dict) -> tuple[Any, Any]:
         """ẋ Wᵀ + x Ẇᵀ + ḃ, the last of which rides in a product."""
@@ -94,14 +100,28 @@ class LinearOp(Primitive):
         return found if into is None else WRITTEN
 
 
-def _input_gradient(backend: Any, gradient: Any, weight: Any, parent: Any, walk: Any) -> Any:
-    """g @ weight; past an activation in one product, and then WRITTEN."""
+def _matrix(x: Any) -> Any:
+    """All dimensions but the last as one: a view where the layout allows."""
+    return x if x.ndim == 2 else x.reshape((math.prod(x.shape[:-1]), x.shape[-1]))
+
+
+def _like_input(gradients: list[Any], gradient: Any) -> list[Any]:
+    """The first of `gradients`, a matrix, with the leading dimensions of the output's gradient."""
+    found = gradients[0]
+    if gradient.ndim != 2 and found is not None and found is not WRITTEN:
+        gradients[0] = found.reshape((*gradient.shape[:-1], found.shape[-1]))
+    return gradients
+
+
+def _input_gradient(backend: Any, gradient: Any, weight: Any, parent: Any, walk: Any, leading: tuple[int, ...]) -> Any:
+    """g @ weight; past an activation in one product, and then WRITTEN. leading: the dimensions that are rows of g."""
     if type(parent) is EpilogueNode and walk.passes(parent):
         before: Any = parent.parents[0]
         bias = before.parents[2]
         found = backend.input_gradient(gradient, weight, parent.kept, bias is not None, walk.room(bias))
         if found is not None:
-            walk.pass_by(parent, *found)
+            passed, total = found
+            walk.pass_by(parent, passed if len(leading) == 1 else passed.reshape((*leading, -1)), total)
             return WRITTEN
     return backend.gemm(gradient, weight)
 
@@ -124,37 +144,43 @@ def _linear(backend: Any, x: Any, weight: Any, bias: Any) -> Any:
             f"{describe(weight)}\nConvert the input, e.g. x.to(gpuad.{weight.dtype}), or the module, e.g. "
             "model.double()."
         )
-    return backend.linear(x, weight, bias)
+    if x.ndim == 2:
+        return backend.linear(x, weight, bias)
+    return backend.linear(_matrix(x), weight, bias).reshape((*x.shape[:-1], weight.shape[0]))
 
 
-# x @ weight.T + bias on matrices; linear() below flattens what comes before the last dimension.
+# The rules see the gradient as a matrix, see LinearOp.
 linear_: LinearOp = LinearOp(
     "linear",
     _linear,
     vjp={
         "x": lambda g, weight: gemm(g, weight) if isinstance(g, Tensor) else of_array(g).backend.gemm(g, weight),
-        "weight": lambda g, x, into: _product(g, x, into),
+        "weight": lambda g, x, into: _product(g, _matrix(x), into),
         "bias": lambda g, into: _sum_rows(g, into),
     },
-    samples=[(S((3, 4)), S((5, 4)), S((5,))), (S((3, 4)), S((5, 4)), None), (S((0, 4)), S((5, 4)), S((5,)))],
-    doc="x @ weight.T + bias for a matrix x.",
+    samples=[
+        (S((3, 4)), S((5, 4)), S((5,))),
+        (S((2, 3, 4)), S((5, 4)), S((5,))),
+        (S((4,)), S((5, 4)), None),
+        (S((0, 4)), S((5, 4)), S((5,))),
+        (S((2, 0, 4)), S((5, 4)), S((5,))),
+    ],
+    doc="x @ weight.T + bias for x of any number of dimensions.",
     autocast="lower",
     batch=lambda batch, op, inputs, params: _linear_of_all(batch, *inputs),
 )
 
 
 def _linear_of_all(batch: Batch, x: Any, weight: Any, bias: Any) -> Any:
+    own, (*leading, inner) = batch.has(x), x._data.shape
     if batch.has(weight):
-        y = gemm(batch.aligned(x, 2), mT(weight.value))
+        flat = x.value.reshape((batch.size, math.prod(leading), inner)) if own else _matrix(x)
+        y = gemm(flat, mT(weight.value)).reshape((batch.size, *leading, weight.shape[0]))
     else:
-        rows, inner = x._data.shape
-        own = batch.has(x)
-        flat = x.value.reshape((batch.size * rows, inner)) if own else x
-        y = linear_(flat, weight, None if batch.has(bias) else bias)
-        y = y.reshape((batch.size, rows, weight.shape[0])) if own else y
+        y = linear_(x.value if own else x, weight, None if batch.has(bias) else bias)
         if not batch.has(bias):
             return y
-    return y if bias is None else y + batch.aligned(bias, 2)
+    return y if bias is None else y + batch.aligned(bias, len(leading) + 1)
 
 
 def _product(g: Any, x: Any, into: Any) -> Any:
@@ -191,13 +217,11 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
             f"linear takes an input (*, in_features) and a weight (out_features, in_features):\n"
             f"  input   {describe(input)}\n  weight  {describe(weight)}"
         )
-    shape = (*input.shape[:-1], weight.shape[0])
-    flat = input.reshape((int(np.prod(input.shape[:-1])), input.shape[-1]))
-    return linear_(flat, weight, bias).reshape(shape)
+    return linear_(contiguous(input), weight, bias)  # one copy at most, kept for the weight's gradient
 
 
 class LinearActivation(Op):
-    """A linear layer and its activation as one product; called with matrices that fit, None where there is no such."""
+    """A linear layer and its activation as one product; called with what fits, None where there is no such product."""
 
     def __init__(self, activation: str, op: Elementwise) -> None:
         super().__init__(f"linear_{activation}", register=False)
@@ -209,16 +233,18 @@ class LinearActivation(Op):
         tensors = (input, weight) if bias is None else (input, weight, bias)
         wanted = tuple([i for i, t in enumerate(tensors) if t._requires_grad]) if state.enabled else ()
         arrays = [t._data for t in tensors] + [None] * (3 - len(tensors))
-        found = backend.linear_activation(*arrays, self.activation, bool(wanted))
+        found = backend.linear_activation(_matrix(arrays[0]), arrays[1], arrays[2], self.activation, bool(wanted))
         if found is None:
             return None
         array, kept = found
+        shape = (*arrays[0].shape[:-1], array.shape[1])
+        array = array if len(shape) == 2 else array.reshape(shape)
         out = wrap(array, device)
         if wanted:
             before = wrap(array, device)  # stands for the value before the activation, which is nowhere
             linear_._record((input, weight, bias), arrays, before, wanted, {})
             plan = self.op.plan((0,))
-            saved = (kept.values[:, : array.shape[1]],) if plan.inputs else (array,)
+            saved = (kept.values.reshape((*shape[:-1], -1))[..., : shape[-1]],) if plan.inputs else (array,)
             cells = () if plan.inputs else (out._cell,)
             version = sum([cell[0] for cell in cells])
             node = EpilogueNode(self.op, (before._node,), saved, cells, version, (plan, None), device)
@@ -244,7 +270,4 @@ def linear_activation(input: Any, weight: Any, bias: Any, activation: str) -> Te
     fits = x.size and x.dtype.kind == "f" and w.ndim == 2 and x.shape[-1] == w.shape[1]
     if not fits or (bias is not None and bias._data.shape != w.shape[:1]):
         return None  # linear() says what is wrong
-    if x.ndim == 2:
-        return _FUSED[activation](input, weight, bias)
-    flat = _FUSED[activation](input.reshape(-1, x.shape[-1]), weight, bias)
-    return None if flat is None else flat.reshape((*x.shape[:-1], w.shape[0]))
+    return _FUSED[activation](input if x.ndim == 2 else contiguous(input), weight, bias)

@@ -1,4 +1,4 @@
-"""Shapes and views: reshape, transpose, expand, join, split. Views share memory on every device."""
+"""Shapes and views: reshape, transpose, expand, join. Views share memory on every device."""
 
 from __future__ import annotations
 
@@ -379,42 +379,6 @@ def narrow(input: Any, dim: int, start: int, length: int) -> Any:
     if not 0 <= begin <= n or length < 0 or begin + length > n:
         raise ShapeError(f"narrow() of {length} entries from {start} does not fit dimension {dim} of length {n}.")
     return narrow_(input, dim=at, start=begin, length=length)
-
-
-@function
-def split(input: Any, split_size_or_sections: Any, dim: int = 0) -> tuple[Any, ...]:
-    """Pieces of one size (the last may be smaller), or of the sizes given, along `dim`: views."""
-    at = axis_of("split", dim, input.ndim)
-    n = input.shape[at]
-    if isinstance(split_size_or_sections, int):
-        size = split_size_or_sections
-        if size <= 0:
-            raise ShapeError(f"split() takes a positive size, got {size}.")
-        sizes = [min(size, n - i) for i in range(0, n, size)] or [0]
-    else:
-        sizes = list(split_size_or_sections)
-        if sum(sizes) != n:
-            raise ShapeError(f"split() sizes {sizes} add up to {sum(sizes)}, but dimension {dim} has length {n}.")
-    starts = np.cumsum([0, *sizes]).tolist()
-    return tuple(narrow_(input, dim=at, start=s, length=m) for s, m in zip(starts, sizes, strict=False))
-
-
-@function
-def chunk(input: Any, chunks: int, dim: int = 0) -> tuple[Any, ...]:
-    """At most `chunks` pieces of equal size (the last may be smaller) along `dim`: views."""
-    if chunks <= 0:
-        raise ShapeError(f"chunk() takes a positive number of chunks, got {chunks}.")
-    n = input.shape[axis_of("chunk", dim, input.ndim)]
-    return split(input, max(1, -(-n // chunks)), dim)
-
-
-@function
-def unbind(input: Any, dim: int = 0) -> tuple[Any, ...]:
-    """The entries along `dim`, without that dimension: views."""
-    if not input.ndim:
-        raise ShapeError("unbind() of a 0-d tensor: it has no dimension to take apart.")
-    at = axis_of("unbind", dim, input.ndim)
-    return tuple(squeeze(narrow_(input, dim=at, start=i, length=1), at) for i in range(input.shape[at]))
 
 
 def _cat_rule(g: Any, shapes: Sequence[Any], wanted: Sequence[bool], dim: int) -> list[Any]:
