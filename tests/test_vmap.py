@@ -312,6 +312,24 @@ def test_dtypes_are_those_of_one_example():
     assert vmap(lambda s: s * 2)(s).dtype == gpuad.float64
 
 
+@pytest.mark.parametrize("transform", [lambda f: f, jacfwd, hessian], ids=["value", "jacfwd", "hessian"])
+def test_tensors_like_one_of_many_take_many_in_place(transform):
+    x = gpuad.randn(2, 3, dtype="float64")
+
+    def f(x, out):
+        out[0] = x[1] * x[2]
+        out[1:].add_(x[:2] * 2)
+        return (out * out).sum()
+
+    def g(x):
+        return (x[1] * x[2]) ** 2 + ((x[:2] * 2) ** 2).sum()
+
+    for like in (gpuad.zeros_like, lambda x: gpuad.zeros(3, dtype="float64") + 0 * x.sum()):
+        assert_same(vmap(transform(lambda x, like=like: f(x, like(x))))(x), gpuad.stack([transform(g)(a) for a in x]))
+    with pytest.raises(AutogradError, match="many examples of vmap .* start from one that has them: gpuad.zeros_like"):
+        vmap(transform(lambda x: f(x, gpuad.zeros(3, dtype="float64"))))(x)
+
+
 def test_no_examples_at_all():
     assert vmap(lambda x: x.sin().sum())(gpuad.zeros(0, 3)).shape == (0,)
 
@@ -436,7 +454,7 @@ def test_backward_and_shared_leaves_are_refused_inside():
         vmap(lambda x: (w * x).sum().backward() or x)(x)
     with pytest.raises(AutogradError, match="a tensor from outside, which all examples share"):
         vmap(lambda x: gpuad.autograd.grad((w * x).sum(), [w])[0])(x)
-    with pytest.raises(AutogradError, match="many examples of vmap in a tensor that has none"):
+    with pytest.raises(AutogradError, match="many examples of vmap .* in a tensor that has none"):
         vmap(lambda x: gpuad.zeros(4).add_(x))(x)
 
 

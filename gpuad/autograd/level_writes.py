@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 from weakref import ref
 
-from gpuad.autograd.levels import Batched, Dual, become, level_of, make_dual, open_levels, whole
+from gpuad.autograd.levels import Batched, Dual, batches_of, become, level_of, make_dual, open_levels, whole
 from gpuad.autograd.modes import state
 from gpuad.autograd.op import Interpreters, check_in_place, functions, table, writable
 from gpuad.autograd.variables import settled, variable
@@ -32,14 +32,15 @@ def write(name: str, target: Tensor, result: Tensor) -> Tensor:
         numbers = whole(follow(functions["arange"](size, device=base._device).reshape(shape), chain))
         params = {"key": (numbers.reshape(-1),), "basic": False}
         result = table["index_put"](base.reshape(-1), result.reshape(-1), **params).reshape(shape)
-    if isinstance(result, Batched) and level_of(base) < result.level:
+    if not batches_of([result]) <= batches_of([base]):
         raise AutogradError(
-            f"{name}_ would store many examples of vmap in a tensor that has none of its own. Use the operation out of "
-            "place, or start from one that has them, e.g. gpuad.zeros_like(x)."
+            f"{name}_ would store many examples of vmap (or of jacfwd, jacrev, hessian) in a tensor that has none of "
+            "its own. Use the operation out of place, or start from one that has them: gpuad.zeros_like(x), or "
+            "gpuad.zeros(shape) + 0 * x.sum()."
         )
     views = [view for view in (reference() for reference in base._cell[1:]) if view is not None]
-    was_plain = not level_of(base)
-    if was_plain:
+    was = level_of(base)
+    if not was:
         result = _through_memory(name, base, result)
     become(base, result)
     base._cell, base._view = [base._cell[0]], None
@@ -51,7 +52,7 @@ def write(name: str, target: Tensor, result: Tensor) -> Tensor:
             view._cell, view._view = base._cell, (op, source, params)
             base._cell.append(ref(view))
             fresh.add(id(view))
-    if was_plain:
+    if was < level_of(result):
         for level in open_levels().values():
             level.moved += [ref(x) for x in (base, *views)]
     return target

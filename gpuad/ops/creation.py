@@ -11,7 +11,7 @@ import numpy as np
 from gpuad.array import dtypes, random
 from gpuad.array.device import as_device, of_array
 from gpuad.array.random import Generator
-from gpuad.autograd.levels import open_batches
+from gpuad.autograd.levels import batches_of, make_batched, open_batches
 from gpuad.autograd.op import Interpreters, function, random_tensor
 from gpuad.errors import DeviceError, DtypeError, ShapeError
 from gpuad.tensor import Tensor, wrap
@@ -214,14 +214,24 @@ def full_like(
 ) -> Tensor:
     """`fill_value` everywhere, with the shape, dtype and device of `input`."""
     place, wanted = _like(input, dtype, device)
-    return _finish(place.backend.full(input._data.shape, fill_value, wanted), place, requires_grad)
+    made = _finish(place.backend.full(input._data.shape, fill_value, wanted), place, requires_grad)
+    return _of_each_example(made, input)
 
 
 @function(method=False)
 def empty_like(input: Tensor, *, dtype: Any = None, device: Any = None, requires_grad: bool = False) -> Tensor:
     """Any elements, with the shape, dtype and device of `input`."""
     place, wanted = _like(input, dtype, device)
-    return _finish(place.backend.empty(input._data.shape, wanted), place, requires_grad)
+    return _of_each_example(_finish(place.backend.empty(input._data.shape, wanted), place, requires_grad), input)
+
+
+def _of_each_example(made: Tensor, input: Tensor) -> Tensor:
+    """Inside vmap: one for each example that `input` has, so that it can be changed in place."""
+    mine = batches_of([input])
+    for number, level in open_batches() if mine else ():
+        if number in mine:
+            made = make_batched(made.expand((level.size, *made._data.shape)), number)
+    return made
 
 
 def new_zeros(self: Tensor, *size: Any, dtype: Any = None, device: Any = None, requires_grad: bool = False) -> Tensor:
