@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib as _importlib
 from typing import Any as _Any
 
 from gpuad import amp, autograd, cuda, errors, func, ops, profiler
@@ -365,10 +366,12 @@ int = int32
 dtype = type(float32)
 
 
-def __getattr__(name: str) -> _Any:
-    """gpuad.graph, imported on its first use."""
-    if name == "graph":
-        import gpuad.graph
+# Imported on their first use: what a program does not need costs nothing.
+_LATER = ("graph", "nn", "optim", "utils")
 
-        return gpuad.graph
+
+def __getattr__(name: str) -> _Any:
+    """gpuad.graph, gpuad.nn, gpuad.optim and gpuad.utils."""
+    if name in _LATER:
+        return _importlib.import_module(f"gpuad.{name}")
     raise AttributeError(f"module 'gpuad' has no attribute {name!r}")

@@ -67,3 +67,17 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 """
     roots = {name.partition(".")[0] for name in json.loads(isolated(code, tmp_path))}
     assert sorted(roots - sys.stdlib_module_names - {"gpuad", "numpy"}) == []
+
+
+def test_parts_are_there_without_an_import_of_their_own():
+    """As PyTorch's are, and imported on first use only."""
+    code = (
+        "import sys, gpuad as torch\n"
+        "assert not [m for m in sys.modules if m.startswith(('gpuad.nn', 'gpuad.optim', 'gpuad.graph'))]\n"
+        "model = torch.nn.Linear(2, 1); torch.optim.SGD(model.parameters(), lr=0.1).step()\n"
+        "torch.utils.data.DataLoader; torch.graph.trace\n"
+        "try: torch.nothing\n"
+        "except AttributeError as error: print(error)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout == "module 'gpuad' has no attribute 'nothing'\n", found.stderr

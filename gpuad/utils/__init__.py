@@ -1,1 +1,5 @@
-"""Helpers around training: data loading."""
+"""Helpers around training: data loading, checkpoints."""
+
+from gpuad.utils import checkpoint, data
+
+__all__ = ["checkpoint", "data"]
