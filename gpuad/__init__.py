@@ -42,7 +42,7 @@ from gpuad.autograd.modes import (
 from gpuad.autograd.vmap import vmap
 from gpuad.cuda import get_float32_matmul_precision, set_float32_matmul_precision
 from gpuad.errors import OutOfMemoryError
-from gpuad.kernels.numpy_program import get_num_threads, set_num_threads
+from gpuad.kernels.threads import get_num_threads, set_num_threads
 from gpuad.ops.activations import (
     celu,
     logit,

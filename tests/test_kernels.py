@@ -14,7 +14,8 @@ from gpuad.errors import FormulaError
 from gpuad.kernels import numpy_program, scalar
 from gpuad.kernels.expr import Constant, as_expr, constant, substitute, topological, variable, variables
 from gpuad.kernels.formula import Formula, trace
-from gpuad.kernels.numpy_program import BLOCK, select
+from gpuad.kernels.numpy_program import BLOCK
+from gpuad.kernels.numpy_writer import select
 from gpuad.kernels.scalar import FUNCTIONS, abs, clamp, erf, exp, log, log1p, maximum, minimum, sin, sqrt, tanh, where
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -442,7 +443,7 @@ def test_sizes_around_a_block(size):
 )  # fmt: skip
 def test_blocks_of_broadcast_arrays(shapes, threads, dtype, monkeypatch):
     monkeypatch.setattr(numpy_program, "BLOCK", 64)
-    monkeypatch.setattr(numpy_program, "THREADED_WORK", 1)
+    monkeypatch.setattr("gpuad.kernels.threads.THREADED_WORK", 1)
     rng = np.random.default_rng(1)
     arrays = [rng.standard_normal(s).astype(dtype) for s in shapes]
     before = gpuad.get_num_threads()

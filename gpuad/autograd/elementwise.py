@@ -11,10 +11,10 @@ import numpy as np
 from gpuad.array import dtypes
 from gpuad.array.device import Device, default_device, of_array
 from gpuad.autograd import batching
-from gpuad.autograd.column_sums import column_sums
+from gpuad.autograd.formula_gradients import Plan
 from gpuad.autograd.levels import batches_of
 from gpuad.autograd.modes import state
-from gpuad.autograd.node import WRITTEN, Node, OutputNode
+from gpuad.autograd.node import Node, OutputNode
 from gpuad.autograd.op import (
     NUMBERS,
     Interpreters,
@@ -30,54 +30,10 @@ from gpuad.autograd.op import (
 from gpuad.autograd.views import moved
 from gpuad.errors import DtypeError, FormulaError
 from gpuad.kernels.expr import Expr, as_expr, substitute
-from gpuad.kernels.formula import Derivative, Formula, trace
+from gpuad.kernels.formula import Formula, trace
 from gpuad.tensor import Tensor, wrap
 
 _new = object.__new__
-
-
-class _Plan:
-    """How the gradients of the wanted inputs are computed: prepared once for each set of wanted inputs.
-
-    inputs, outputs: which of the op's inputs and outputs are saved. passed: wanted inputs whose gradient is the
-    incoming one itself. formula: the others together, as a formula of (gradients, saved…); None where there are none.
-    columns: inputs of a row formula with one value a column; sums: those that are not in `formula`, see column_sums.py.
-    """
-
-    __slots__ = ("wanted", "inputs", "outputs", "visible_outputs", "passed", "computed", "formula", "single",
-                 "columns", "sums", "in_formula", "_recorded", "_op")  # fmt: skip
-
-    def __init__(self, op: Elementwise, wanted: tuple[int, ...]) -> None:
-        derivative: Derivative = op.formula.vjp(wanted, op.visible, op.keeps_output)
-        full = derivative.formula
-        cotangents = full.inputs[: op.visible]
-        self.wanted = wanted
-        self.inputs, self.outputs = derivative.inputs, derivative.outputs
-        results = dict(zip(wanted, full.outputs, strict=True))
-        self.passed = frozenset(i for i, r in results.items() if r is cotangents[0])
-        self.computed = tuple(i for i in wanted if i not in self.passed)
-        levels = {i: op.formula.inputs[i].level for i in wanted}
-        self.columns = frozenset(i for i in wanted if levels[i] == "column")
-        self.sums = column_sums(full, results, sorted(self.columns)) if self.columns else None
-        summed = self.sums.places if self.sums else ()
-        self.in_formula = tuple(i for i in self.computed if i not in summed)
-        self.formula = full.of([results[i] for i in self.in_formula], [levels[i] for i in self.in_formula])
-        # One formula for each gradient that is summed: a sum behind a formula is one launch.
-        alone = () if op.formula.is_row else wanted
-        self.single: dict[int, Any] = {i: full.of([results[i]], name=f"{full.name}_{i}") for i in alone}
-        # What is recorded has hidden outputs written out, as the functions of the inputs that they are.
-        self._recorded = derivative.recorded.of([
-            r for i, r in zip(wanted, derivative.recorded.outputs, strict=True) if i in self.computed
-        ], [levels[i] for i in self.computed])  # fmt: skip
-        self.visible_outputs = tuple(i for i in self.outputs if i < op.visible)
-        self._op: Elementwise | None = None
-
-    def op(self) -> Elementwise:
-        """The formula as an op of its own, for derivatives that are recorded."""
-        if self._op is None:
-            assert self._recorded is not None
-            self._op = Elementwise(self._recorded.name, self._recorded, register=False)
-        return self._op
 
 
 class Elementwise(Op):
@@ -120,7 +76,7 @@ class Elementwise(Op):
             formula.statistics = frozenset(range(self.visible, len(formula.outputs)))
         self._by_column = any(v.level == "column" for v in formula.inputs)
         self.differentiable = not all(formula.bool_outputs)
-        self._plans: dict[Any, _Plan] = {}
+        self._plans: dict[Any, Plan] = {}
         self._tangent_ops: dict[tuple[Any, ...], Elementwise] = {}
         masks = [i for i, v in enumerate(formula.inputs) if v.kind != "number"]
         # The quick way is for one or two float Tensors of one device, dtype and shape.
@@ -128,11 +84,11 @@ class Elementwise(Op):
         signature = [f"{n}={self.defaults[n]!r}" if n in self.defaults else n for n in self.names]
         self.signature = f"{name}({', '.join(signature)})"
 
-    def plan(self, wanted: tuple[int, ...]) -> _Plan:
+    def plan(self, wanted: tuple[int, ...]) -> Plan:
         """The prepared backward pass for gradients of the `wanted` inputs."""
         found = self._plans.get(wanted)
         if found is None:
-            found = self._plans[wanted] = _Plan(self, wanted)
+            found = self._plans[wanted] = Plan(self, wanted)
         return found
 
     # Forward ----------------------------------------------------------------------------------------------------------
@@ -356,77 +312,10 @@ class Elementwise(Op):
                 None if p is None else gradient if i in plan.passed else next(results)
                 for i, p in enumerate(node.parents)
             ]
-        return self._backward_broadcast(node, gradient, plan, layout, saved, walk)
-
-    def _backward_broadcast(
-        self, node: Node, gradient: Any, plan: _Plan, layout: Any, saved: Any, walk: Any
-    ) -> list[Any]:
-        backend = node.device.backend
         gradients = self._fill(node, gradient, backend) if self.several else (gradient,)
-        shape, dtype = gradients[0].shape, gradients[0].dtype
         if self.formula.is_row:
-            return self._backward_rows(backend, gradients, plan, layout, node.check())
-        arguments = (*gradients, *saved)
-        result: list[Any] = [None] * self.arity
-        whole = []
-        for i in plan.wanted:
-            own = shape if layout is None else layout[i][0]
-            if own == shape:
-                if i in plan.passed:
-                    result[i] = gradients[0]
-                else:
-                    whole.append(i)
-                continue
-            axes = broadcast_axes(own, shape)
-            if i in plan.passed:
-                leaf = node.parents[i]
-                target = None
-                if isinstance(leaf, Tensor) and len(own) + len(axes) == len(shape):
-                    target = walk.into(leaf)
-                if target is None:
-                    result[i] = backend.sum(gradients[0], axes).reshape(own)
-                elif target[1] == 0.0:
-                    backend.sum(gradients[0], axes, False, target[0])
-                    result[i] = WRITTEN
-                else:
-                    backend.add_into(target[0], backend.sum(gradients[0], axes))
-                    result[i] = WRITTEN
-            else:
-                formula = plan.single[i]
-                cast = backend.cast_operands(formula, arguments, dtype)
-                result[i] = backend.reduce(formula, cast, dtype, axes, True).reshape(own)
-        if whole:
-            formula = plan.formula if len(whole) == len(plan.computed) else None
-            if formula is None:
-                for i in whole:
-                    result[i] = backend.elementwise_mixed(plan.single[i], arguments, dtype)
-            else:
-                values = backend.elementwise_mixed(formula, arguments, dtype)
-                for i, value in zip(whole, [values] if len(whole) == 1 else values, strict=True):
-                    result[i] = value
-        if layout is not None:
-            for i in plan.wanted:
-                if result[i] is not WRITTEN and result[i].dtype != layout[i][1]:
-                    result[i] = backend.cast(result[i], layout[i][1])
-        return result
-
-    def _backward_rows(
-        self, backend: Any, gradients: Sequence[Any], plan: _Plan, layout: Any, saved: Sequence[Any]
-    ) -> list[Any]:
-        """Of a row formula that has several outputs, several dtypes, or inputs with one value a column."""
-        arguments, dtype = (*gradients, *saved), gradients[0].dtype
-        result: list[Any] = [gradients[0] if i in plan.passed else None for i in range(self.arity)]
-        if plan.formula is not None:
-            values = backend.elementwise_mixed(plan.formula, arguments, dtype)
-            for i, value in zip(plan.in_formula, [values] if len(plan.in_formula) == 1 else values, strict=True):
-                result[i] = backend.sum(value, (0,)) if i in plan.columns else value
-        if plan.sums is not None:
-            for i, value in zip(plan.sums.places, plan.sums(backend, arguments, dtype), strict=True):
-                result[i] = value
-        if layout is not None:
-            for i in plan.wanted:
-                result[i] = backend.cast(result[i], layout[i][1])
-        return result
+            return plan.rows(self.arity, backend, gradients, layout, node.check())
+        return plan.broadcast(node, gradients, layout, saved, walk)
 
     def _fill(self, node: Node, gradients: Sequence[Any], backend: Any) -> tuple[Any, ...]:
         """Zeros for outputs that got no gradient."""
@@ -453,8 +342,10 @@ class Elementwise(Op):
             ]
         values: dict[int, Any] = dict.fromkeys(plan.passed, gradients[0])
         if plan.computed:
-            computed = plan.op()(*gradients, *arguments)
-            values.update(zip(plan.computed, computed if plan.op().several else [computed], strict=True))
+            if plan.recorded_op is None:
+                plan.recorded_op = Elementwise(plan.recorded.name, plan.recorded, register=False)
+            computed = plan.recorded_op(*gradients, *arguments)
+            values.update(zip(plan.computed, computed if plan.recorded_op.several else [computed], strict=True))
         result: list[Any] = [None] * self.arity
         for i in plan.wanted:
             value = values[i]
@@ -551,12 +442,6 @@ class Elementwise(Op):
 def gradient_arrays(gradients: Sequence[Any]) -> list[Any]:
     """The bare arrays of Tensors, None kept."""
     return [None if g is None else g._data for g in gradients]
-
-
-def broadcast_axes(own: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes of `shape` over which an operand of shape `own` was broadcast."""
-    extra = len(shape) - len(own)
-    return (*range(extra), *(i + extra for i, n in enumerate(own) if n == 1 and shape[i + extra] != 1))
 
 
 def _broadcasts(shapes: Sequence[tuple[int, ...]]) -> bool:

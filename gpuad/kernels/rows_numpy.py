@@ -14,9 +14,10 @@ import numpy as np
 
 from gpuad.array.host_memory import memory
 from gpuad.kernels import derive
-from gpuad.kernels import numpy_program as elementwise
 from gpuad.kernels.expr import Expr, ScalarFunction, Variable, apply, substitute, topological
+from gpuad.kernels.numpy_writer import Writer, lower
 from gpuad.kernels.scalar import add, column, eq, neg, row_at, row_logsumexp, row_max, row_sum, sub, where
+from gpuad.kernels.threads import parallel
 
 if TYPE_CHECKING:
     from gpuad.kernels.formula import Formula
@@ -132,7 +133,7 @@ def _use_add_at(outputs: Sequence[Expr]) -> list[Expr]:
     return substitute(outputs, todo) if todo else list(outputs)
 
 
-class _RowWriter(elementwise._Writer):
+class _RowWriter(Writer):
     """The writer of elementwise programs, with the row functions."""
 
     def __init__(self, formula: Formula, outputs: Sequence[Expr], scalars: frozenset[int]) -> None:
@@ -162,7 +163,7 @@ class RowProgram:
 
     def __init__(self, formula: Formula) -> None:
         self.formula = formula
-        self.outputs = _use_add_at(elementwise.lower(formula.outputs))
+        self.outputs = _use_add_at(lower(formula.outputs))
         self.copies = [isinstance(o, Variable) for o in self.outputs]  # an input handed on is copied
         self.first_element = next(i for i, v in enumerate(formula.inputs) if v.level == "element")
         self._programs: dict[frozenset[int], Callable] = {}
@@ -223,7 +224,7 @@ class RowProgram:
                 for out, result, level in zip(made, program(columns, *part, dtype), self.formula.levels, strict=True):
                     out[i:j] = result.reshape(-1) if level == "row" and type(result) is np.ndarray else result
 
-        elementwise.parallel(work, rows, rows * columns * 8)
+        parallel(work, rows, rows * columns * 8)
         return made
 
     def _shape(self, i: int, shape: tuple[int, int]) -> tuple[int, ...]:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpuad.kernels.expr import Expr
-from gpuad.kernels.numpy_program import SCRATCH, _Writer, lower, parallel
+from gpuad.kernels.numpy_writer import SCRATCH, Writer, lower
 from gpuad.kernels.scalar import maximum, minimum, where
+from gpuad.kernels.threads import parallel
 
 if TYPE_CHECKING:
     from gpuad.kernels.update import Update
@@ -87,7 +88,7 @@ class NumpyUpdate:
                 yield [s[: j - i] for s in scratch], *[a[i:j] for a in arrays]
 
 
-class _Positional(_Writer):
+class _Positional(Writer):
     """Hands buffers to ufuncs by position: 40 ns a call less than out=."""
 
     def call(self, node: Expr, arguments: list[str], out: str | None) -> tuple[str, bool]:

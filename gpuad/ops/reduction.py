@@ -12,7 +12,8 @@ from gpuad.array import dtypes
 from gpuad.array.device import of_array
 from gpuad.autograd.autocast import widened
 from gpuad.autograd.batching import shift
-from gpuad.autograd.elementwise import broadcast_axes, elementwise
+from gpuad.autograd.elementwise import elementwise
+from gpuad.autograd.formula_gradients import broadcast_axes
 from gpuad.autograd.op import function
 from gpuad.autograd.primitive import Primitive, linear, primitive
 from gpuad.errors import DtypeError, ShapeError
