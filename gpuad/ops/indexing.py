@@ -358,7 +358,7 @@ def _argsort(backend: Any, input: Any, *, dim: int, descending: bool) -> Any:
         found = xp.flip(xp.subtract(input.shape[dim] - 1, order), dim)
     else:
         found = xp.argsort(input, axis=dim, kind="stable")
-    return backend.cast(found, np.dtype(np.int64))
+    return backend.contiguous(backend.cast(found, np.dtype(np.int64)))
 
 
 argsort_ = primitive(
