@@ -69,7 +69,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
     assert sorted(roots - sys.stdlib_module_names - {"gpuad", "numpy"}) == []
 
 
-def test_parts_are_there_without_an_import_of_their_own():
+def test_parts_are_there_without_an_import_of_their_own(tmp_path):
     """As PyTorch's are, and imported on first use only."""
     code = (
         "import sys, gpuad as torch\n"
@@ -79,5 +79,6 @@ def test_parts_are_there_without_an_import_of_their_own():
         "try: torch.nothing\n"
         "except AttributeError as error: print(error)\n"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    # Elsewhere: in a checkout `-c` would find its gpuad/, which has no nn, before the installed one.
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert found.stdout == "module 'gpuad' has no attribute 'nothing'\n", found.stderr
