@@ -50,6 +50,17 @@ def launches(r) -> int:
     return r.kernel_launches + r.library_calls + r.stats["memsets"]
 
 
+def phases(forward, optimizer, counts) -> tuple:
+    """What a forward pass, the backward pass of its loss and the optimiser's step ask for."""
+    with counts() as first:
+        loss = forward()
+    with counts() as backward:
+        loss.backward()
+    with counts() as step:
+        optimizer.step()
+    return first, backward, step
+
+
 def nothing_else(r) -> bool:
     """No wait, no copy, no allocation."""
     assert not r.syncs, r.stats["syncs"]
@@ -75,12 +86,7 @@ def test_a_training_step_takes_11_launches(epilogues, counts):
 def test_without_cublaslt_it_takes_21(cuda_device, counts, monkeypatch):
     monkeypatch.setattr("gpuad.array.cublaslt.available", lambda: False)
     training = Training().warm()
-    with counts() as forward:
-        loss = training.forward()
-    with counts() as backward:
-        loss.backward()
-    with counts() as step:
-        training.optimizer.step()
+    forward, backward, step = phases(training.forward, training.optimizer, counts)
     assert (launches(forward), launches(backward), launches(step)) == (PLAIN_FORWARD, PLAIN_BACKWARD, STEP)
     assert nothing_else(forward) and nothing_else(backward) and nothing_else(step)
     assert (forward.library_calls, backward.library_calls) == (3, 5)
@@ -88,12 +94,7 @@ def test_without_cublaslt_it_takes_21(cuda_device, counts, monkeypatch):
 
 def test_the_phases_of_a_step(epilogues, counts):
     training = Training().warm()
-    with counts() as forward:
-        loss = training.forward()
-    with counts() as backward:
-        loss.backward()
-    with counts() as step:
-        training.optimizer.step()
+    forward, backward, step = phases(training.forward, training.optimizer, counts)
     assert (launches(forward), launches(backward), launches(step)) == (FORWARD, BACKWARD, STEP)
     assert nothing_else(forward) and nothing_else(backward) and nothing_else(step)
     assert (forward.library_calls, backward.library_calls, step.kernel_launches) == (3, 5, 1)
@@ -132,12 +133,7 @@ def test_a_transformer_of_two_blocks(epilogues, counts):
     for _ in range(3):
         forward().backward()
         optimizer.step()
-    with counts() as first:
-        loss = forward()
-    with counts() as backward:
-        loss.backward()
-    with counts() as step:
-        optimizer.step()
+    first, backward, step = phases(forward, optimizer, counts)
     assert nothing_else(first) and nothing_else(backward) and nothing_else(step)
     found = launches(first), launches(backward), launches(step)
     assert found == TRANSFORMER, (found, first.stats, backward.stats)

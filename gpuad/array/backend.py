@@ -31,7 +31,7 @@ class Formula(Protocol):
 
 
 # The methods that give the device something to run, a kernel, program, product or copy each: what the profiler counts.
-RUNNING = ("elementwise", "reduce", "sum", "row_total", "add", "add_into", "cast", "copy", "full", "gemm", "join",
+RUNNING = ("elementwise", "reduce", "sum", "row_total", "add", "add_into", "cast", "copy", "full", "gemm",
            "linear_activation", "weight_gradient", "input_gradient", "read_at", "add_at", "check_index", "receive",
            "run", "update")  # fmt: skip
 
@@ -150,17 +150,6 @@ class Backend:
     def contiguous(self, array: Any) -> Any:
         """The array in C order: itself where it is."""
         return array if array.flags.c_contiguous else self.copy(array)
-
-    def join(
-        self, pieces: Sequence[Any], lengths: Sequence[int], dim: int, shape: tuple[int, ...], dtype: np.dtype
-    ) -> Any:
-        """A fresh array of the shape: the pieces one after the other along `dim`; None stands for zeros."""
-        out = self.empty(shape, dtype)
-        start = 0
-        for piece, length in zip(pieces, lengths, strict=True):
-            out[(*[slice(None)] * dim, slice(start, start + length))] = 0 if piece is None else piece
-            start += length
-        return out
 
     def gemm(self, a: Any, b: Any, out: Any = None, alpha: float = 1.0, beta: float = 0.0) -> Any:
         """alpha · a @ b + beta · out, on matrices or stacks of them (numpy.matmul's rules for shapes)."""

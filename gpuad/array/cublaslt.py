@@ -79,8 +79,7 @@ _thread = _Thread()
 
 def available() -> bool:
     """Whether nvmath-python has cuBLASLt; imports it on the first call, after the cuBLAS that CuPy has loaded."""
-    global lt, cupy
-    global _looked
+    global lt, cupy, _looked
     if lt is None and not _looked:
         _looked = True
         if find_spec("nvmath") is None:

@@ -294,19 +294,6 @@ class CupyBackend(Backend):
         cupy.add(buffer, b, buffer)
 
     @_here
-    def join(
-        self, pieces: Sequence[Any], lengths: Sequence[int], dim: int, shape: tuple[int, ...], dtype: np.dtype
-    ) -> Any:
-        from gpuad.kernels import join_cuda
-
-        if len(pieces) > join_cuda.LIMIT:
-            return super().join(pieces, lengths, dim, shape, dtype)
-        out = cupy.ndarray(shape, dtype)
-        if out.size:
-            join_cuda.join(pieces, lengths, dim, out)
-        return out
-
-    @_here
     def gemm(self, a: Any, b: Any, out: Any = None, alpha: float = 1.0, beta: float = 0.0) -> Any:
         if a.dtype.kind != "f":
             product = cupy.matmul(a, b)

@@ -9,12 +9,19 @@ from typing import Any
 
 import numpy as np
 
+from gpuad.kernels import join_numpy
+
 # So many arrays are arguments of one kernel, which may have 4 KB of them: at 16 dimensions 272 bytes each.
 LIMIT = 12
 
 
 def join(pieces: Sequence[Any], lengths: Sequence[int], dim: int, out: Any) -> None:
     """Write the pieces, None for zeros, one after the other along `dim` of `out`, which is C-contiguous."""
+    if len(pieces) > LIMIT:
+        join_numpy.join(pieces, lengths, dim, out)
+        return
+    if not out.size:
+        return
     arguments: list[Any] = []
     end = 0
     for piece, length in zip(pieces, lengths, strict=True):

@@ -16,10 +16,13 @@ from gpuad.autograd.node import Node, OutputNode
 from gpuad.autograd.op import Interpreters, Op, function
 from gpuad.autograd.views import view_of
 from gpuad.errors import ShapeError
+from gpuad.kernels import join_cuda, join_numpy
 from gpuad.ops.indexing import slice_
 from gpuad.ops.reduction import axis_of
 from gpuad.ops.shape import cat, narrow_, unsqueeze
 from gpuad.tensor import Tensor, wrap
+
+_JOIN: dict[str, Any] = {"numpy": join_numpy.join, "cuda": join_cuda.join}
 
 
 class Pieces(Op):
@@ -45,7 +48,10 @@ class Pieces(Op):
     def backward(self, node: Node, gradient: Any, walk: Any) -> list[Any]:
         dim, lengths, _, shape, dtype = node.info
         whole = [_with_dim(g, dim, len(shape)) for g in gradient]
-        return [node.device.backend.join(whole, lengths, dim, shape, dtype)]
+        backend = node.device.backend
+        out = backend.empty(shape, dtype)
+        backend.run(_JOIN[backend.language], whole, lengths, dim, out)
+        return [out]
 
     def backward_recorded(self, node: Node, gradient: Any, walk: Any) -> list[Any]:
         dim, lengths, _, shape, dtype = node.info
