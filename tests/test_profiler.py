@@ -53,13 +53,13 @@ def test_a_training_step_by_operation(device):
         training.step()
     found = rows(p)
     expected = {"linear": 4, "linear backward": 4, "relu": 2, "relu backward": 2, "SGD step": 2}
-    if device.backend.epilogues:  # the first layer takes its relu along, both ways
+    if device.backend.fuses_activations:  # the first layer takes its relu along, both ways
         expected = {"linear": 2, "linear_relu": 2, "linear backward": 4, "SGD step": 2}
     for name, calls in expected.items():
         assert found[name].count == calls, name
     assert found["backward()"].count == 2
     assert [row.count for name, row in found.items() if name.startswith("cross_entropy") and "back" in name] == [2]
-    if not device.backend.epilogues:
+    if not device.backend.fuses_activations:
         assert found["relu"].launches == 2 and found["relu"].bytes == 2 * 2 * 4 * 4 * 5
         assert found["relu backward"].bytes == 2 * 3 * 4 * 4 * 5  # the gradient, what was saved, the result
     assert found["SGD step"].launches == 2

@@ -10,6 +10,7 @@ import pytest
 import gpuad
 import gpuad.nn.functional as F
 from gpuad.kernels import last_block
+from gpuad.ops.activations import relu
 
 pytestmark = pytest.mark.cuda
 
@@ -40,6 +41,23 @@ def test_any_axes_of_any_layout(cuda_device, shape, dtype, view):
             expected = here.astype(np.int64 if dtype == "int64" else np.float64).sum(axes, keepdims=keepdims)
             assert found.shape == expected.shape and found.dtype == here.dtype
             np.testing.assert_allclose(found.get().astype(expected.dtype), expected, rtol, atol)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("shape", [(3, 4), (1, 5), (300, 7), (7, 300), (3000, 64), (0, 3), (3, 0)], ids=str)
+@pytest.mark.parametrize("view", VIEWS)
+def test_what_is_summed_written_in_place(cuda_device, counts, shape, dtype, view):
+    """One launch: the derivative of relu over its own gradient, and the sum of the rows."""
+    numbers = np.random.default_rng(0)
+    g, y = (numbers.integers(-3, 4, shape).astype(dtype) for _ in range(2))
+    backend, plan = cuda_device.backend, relu.plan((0,))
+    there, saved = (VIEWS[view](backend.asarray(a)) for a in (g, y))
+    here = VIEWS[view](g) * (VIEWS[view](y) > 0)
+    with counts() as r:
+        total = backend.elementwise_and_sum(plan.formula, (there, saved), there.dtype, there, (0,), None)
+    assert r.kernel_launches == bool(total.size)
+    np.testing.assert_array_equal(there.get(), here)
+    np.testing.assert_array_equal(total.get(), here.astype(float).sum(0).astype(dtype))
 
 
 def test_a_sum_into_a_buffer_with_gaps(cuda_device):

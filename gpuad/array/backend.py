@@ -31,9 +31,9 @@ class Formula(Protocol):
 
 
 # The methods that give the device something to run, a kernel, program, product or copy each: what the profiler counts.
-RUNNING = ("elementwise", "reduce", "sum", "row_total", "add", "add_into", "cast", "copy", "full", "gemm",
-           "linear_activation", "weight_gradient", "input_gradient", "read_at", "add_at", "check_index", "receive",
-           "run", "update")  # fmt: skip
+RUNNING = ("elementwise", "reduce", "elementwise_and_sum", "sum", "row_total", "add", "add_into", "cast", "copy",
+           "full", "gemm", "linear_activation", "weight_gradient", "input_gradient", "read_at", "add_at",
+           "check_index", "receive", "run", "update")  # fmt: skip
 
 
 class Backend:
@@ -125,6 +125,13 @@ class Backend:
         """scale · the sum over `axes` of a formula's output, a list for several; numbers are computed in `dtype`."""
         return formula.runner(self.language).reduce(arguments, dtype, axes, keepdims, scale)
 
+    def elementwise_and_sum(
+        self, formula: Formula, arguments: Sequence[Any], dtype: np.dtype, out: Any, axes: tuple[int, ...], total: Any
+    ) -> Any:
+        """The output of a formula in `out`, perhaps an argument; returns its sum over axes, in `total` where given."""
+        self.elementwise(formula, arguments, dtype, [out])
+        return self.sum(out, axes, False, total)
+
     def sum(
         self, array: Any, axes: tuple[int, ...], keepdims: bool = False, out: Any = None, scale: float = 1.0
     ) -> Any:
@@ -155,8 +162,8 @@ class Backend:
         """alpha · a @ b + beta · out, on matrices or stacks of them (numpy.matmul's rules for shapes)."""
         raise NotImplementedError
 
-    # Whether linear_activation, weight_gradient and input_gradient may do something: see gpuad/ops/linear.py.
-    epilogues: bool = False
+    # Whether an activation behind a linear layer is computed with it, which saves launches: see gpuad/ops/linear.py.
+    fuses_activations: bool = False
 
     def linear_activation(self, x: Any, weight: Any, bias: Any, activation: str | None, keep: bool) -> Any:
         """(activation(x @ weight.T + bias), with `keep` what input_gradient needs of it) in one call, or None."""

@@ -88,6 +88,7 @@ class CupyBackend(Backend):
     """
 
     language = "cuda"
+    fuses_activations = True
     tf32 = False  # whether float32 products may be computed in TF32; gpuad.set_float32_matmul_precision
 
     def __init__(self, device: Any, index: int) -> None:
@@ -280,6 +281,12 @@ class CupyBackend(Backend):
         return formula.runner("cuda").reduce(arguments, dtype, axes, keepdims, scale)
 
     @_here
+    def elementwise_and_sum(
+        self, formula: Formula, arguments: Sequence[Any], dtype: np.dtype, out: Any, axes: tuple[int, ...], total: Any
+    ) -> Any:
+        return formula.runner("cuda").reduce(arguments, dtype, axes, False, 1.0, total, out)
+
+    @_here
     def sum(
         self, array: Any, axes: tuple[int, ...], keepdims: bool = False, out: Any = None, scale: float = 1.0
     ) -> Any:
@@ -310,17 +317,13 @@ class CupyBackend(Backend):
         out[...] = product
         return out
 
-    @property
-    def epilogues(self) -> bool:  # type: ignore[override]
-        return cublaslt.available()
-
     @_here
     def linear_activation(self, x: Any, weight: Any, bias: Any, activation: str | None, keep: bool) -> Any:
-        return cublaslt.linear(x, weight, bias, activation, keep, self.tf32)
+        return cublaslt.linear(x, weight, bias, activation, keep, self.tf32) if cublaslt.available() else None
 
     @_here
     def weight_gradient(self, g: Any, x: Any, out: Any, beta: float, total: Any) -> Any:
-        return cublaslt.weight_gradient(g, x, out, beta, total, self.tf32)
+        return cublaslt.weight_gradient(g, x, out, beta, total, self.tf32) if cublaslt.available() else None
 
     @_here
     def input_gradient(self, g: Any, weight: Any, kept: Any, summed: bool, total: Any) -> Any:
@@ -328,7 +331,7 @@ class CupyBackend(Backend):
 
     @_here
     def linear(self, x: Any, weight: Any, bias: Any) -> Any:
-        if bias is not None and x.dtype.kind == "f" and self.epilogues:
+        if bias is not None and x.dtype.kind == "f":
             found = self.linear_activation(x, weight, bias, None, False)
             if found is not None:
                 return found[0]

@@ -86,11 +86,12 @@ class CudaKernel:
         keepdims: bool,
         scale: float = 1.0,
         out: Any = None,
+        elements: Any = None,
     ) -> Any:
-        """scale · the sum over `axes` of the output (a list for several; `out`: of one), one launch."""
+        """scale · the sum over `axes` of the output (a list for several; `out`: of one), one launch; see SumKernel."""
         if self._sum is None:
             self._sum = SumKernel(self.formula)
-        return self._sum(arguments, dtype, axes, keepdims, scale, out)
+        return self._sum(arguments, dtype, axes, keepdims, scale, out, elements)
 
 
 def _keeping_order(cupy: Any, kernel: Any, arguments: Sequence[Any], outputs: int) -> list[Any]:

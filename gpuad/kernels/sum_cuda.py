@@ -91,22 +91,25 @@ class SumKernel:
         self._plans: dict[tuple, _Plan] = {}
 
     def __call__(
-        self, arguments: Sequence[Any], dtype: np.dtype, axes: tuple[int, ...], keepdims: bool, scale: float, out: Any
-    ) -> Any:
+        self, arguments: Sequence[Any], dtype: np.dtype, axes: tuple[int, ...], keepdims: bool, scale: float, out: Any,
+        elements: Any = None,
+    ) -> Any:  # fmt: skip
         """scale · the sum, a list for several outputs; numbers are computed in `dtype` (float32 for float16).
 
-        out: where the sum of the only output goes.
+        out: where the sum of the only output goes. elements: where what is summed goes; it may be an argument.
         """
         import cupy
 
         arrays = [a if isinstance(a, cupy.ndarray) else None for a in arguments]
         codes = dtype_codes(arguments, cupy.ndarray)
+        written = [] if elements is None else [elements]
+        arrays += written
         key = (codes, dtype, axes, tuple([None if a is None else (a.shape, a.strides) for a in arrays]))
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) > 1000:
                 self._plans.clear()
-            plan = self._plans[key] = self._plan(arrays, codes, dtype, axes)
+            plan = self._plans[key] = self._plan(arrays, codes, dtype, axes, bool(written))
         stored = self.formula.out_dtype(0, dtype)
         made = out if out is not None and out.flags.c_contiguous and out.dtype == stored else None
         if made is None:
@@ -122,8 +125,9 @@ class SumKernel:
             values = [
                 a if a is not None else np.int64(x) if v.kind == "label" else np.bool_(x) if v.kind == "mask"
                 else summed.type(x)
-                for a, x, v in zip(arrays, arguments, self.formula.inputs, strict=True)
+                for a, x, v in zip(arrays, arguments, self.formula.inputs)
             ]  # fmt: skip
+            values += written
             plan.kernel(plan.grid, plan.block, (*values, made, *others, partials, counters, plan.layout, number(scale)))
         if out is not None:
             if made is not out:
@@ -135,7 +139,9 @@ class SumKernel:
             results = [r.reshape([1 if i in axes else n for i, n in enumerate(full)]) for r in results]
         return results if others else results[0]
 
-    def _plan(self, arrays: Sequence[Any], codes: tuple, dtype: np.dtype, axes: tuple[int, ...]) -> _Plan:
+    def _plan(
+        self, arrays: Sequence[Any], codes: tuple, dtype: np.dtype, axes: tuple[int, ...], written: bool
+    ) -> _Plan:
         shape = np.broadcast_shapes(*[a.shape for a in arrays if a is not None])
         strides = [None if a is None else _strides(a, shape) for a in arrays]
         moving = [s for s in strides if s is not None]
@@ -151,18 +157,23 @@ class SumKernel:
             words += [n, *steps]
         layout = np.zeros((), [("v", np.int64, (len(words),))])
         layout["v"] = words
-        kernel_key = (codes, dtype, len(kept), len(summed), across)
+        kernel_key = (codes, dtype, len(kept), len(summed), across, written)
         kernel = self._kernels.get(kernel_key)
         if kernel is None:
             import cupy
 
-            source = self.source(dtype_names(codes), dtype, len(kept), len(summed), across)
+            source = self.source(dtype_names(codes), dtype, len(kept), len(summed), across, written)
             kernel = self._kernels[kernel_key] = cupy.RawKernel(source, f"gpuad_{self.formula.name}_sum")
         partials = outputs * grid[1] * len(self.formula.outputs) if grid[1] > 1 else 0
         return _Plan(kernel, grid, block, layout, partials, tuple(shape[i] for i in kept_axes))
 
-    def source(self, key: Sequence[str | None], dtype: np.dtype, kept: int, summed: int, across: bool) -> str:
-        """The CUDA C++ for arrays of the dtypes in `key` and so many merged axes; across: the innermost one is kept."""
+    def source(
+        self, key: Sequence[str | None], dtype: np.dtype, kept: int, summed: int, across: bool, written: bool = False
+    ) -> str:
+        """The CUDA C++ for arrays of the dtypes in `key` and so many merged axes.
+
+        across: the innermost one is kept. written: what is summed is written too.
+        """
         formula = self.formula
         compute = C_TYPES[compute_dtype(dtype).name]
         c_types = {**C_TYPES, "float16": "__half"}
@@ -178,6 +189,11 @@ class SumKernel:
                 parameters.append(f"const {c_types[given]}* p{i}, ")
                 loads.append(f"const {kind} u{i} = ({kind})p{i}[e{i}];")
         body = [*loads, *write_statements(formula.outputs, names, compute)]
+        if written:
+            stored = c_types[formula.out_dtype(0, dtype).name]
+            parameters.append(f"{stored}* elements, ")
+            body.append(f"elements[e{len(key)}] = ({stored}){names[formula.outputs[0]]};")
+            arrays.append(len(key))
         total = C_TYPES[_sum_dtype(compute_dtype(dtype)).name]
         stores = []
         for k, output in enumerate(formula.outputs):

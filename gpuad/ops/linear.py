@@ -1,11 +1,11 @@
-"""Linear layers whose bias and activation ride in the matrix product, forwards and backwards, where a backend can.
+"""Linear layers whose bias and activation ride in the matrix product, or are one kernel behind it; and backwards.
 
 On the tape nothing changes: a linear layer with an activation is a `linear` node and an activation node, as ever, and
 whatever looks at them (hooks, retain_grad, higher derivatives, forward mode) finds what it expects. But the value of
 the first is never written out, and a plain backward pass may take a short cut: the product that makes the gradient of
-the activation's output applies the activation's derivative too, sums what the bias needs, and hands the result to the
-`linear` node directly. Gradients of other uses still come by the activation node; a derivative is linear, so the parts
-add up.
+the activation's output, or the one kernel behind it, applies the activation's derivative too, sums what the bias needs,
+and the result is handed to the `linear` node directly. Gradients of other uses still come by the activation node; a
+derivative is linear, so the parts add up.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from gpuad.autograd.node import WRITTEN, Node, watched
 from gpuad.autograd.op import Interpreters, Op, describe, function
 from gpuad.autograd.primitive import Primitive
 from gpuad.errors import DtypeError, ShapeError
+from gpuad.kernels.formula import trace
 from gpuad.ops.activations import gelu_tanh, relu
 from gpuad.ops.linalg import gemm, mT
 from gpuad.ops.samples import S
@@ -30,7 +31,10 @@ from gpuad.tensor import Tensor, wrap
 
 
 class EpilogueNode(Node):
-    """The node of an activation that was computed by the product before it; kept: what its derivative needs there."""
+    """The node of an activation that was computed with the product before it.
+
+    kept: what its derivative needs where it rides in a product; None where the activation rode in none.
+    """
 
     __slots__ = ("kept",)
     kept: Any
@@ -39,14 +43,26 @@ class EpilogueNode(Node):
         super().free()
         self.kept = None
 
+    def before(self, backend: Any, g: Any, weight: Any, summed: bool, total: Any) -> tuple[Any, Any]:
+        """The gradient of the activation's input, from g @ weight, that of its output; with `summed`, its rows' sum."""
+        if self.kept is not None:
+            found = backend.input_gradient(g, weight, self.kept, summed, total)
+            if found is not None:
+                return found
+        gradient = backend.gemm(g, weight)
+        formula, arguments = self.info[0].formula, (gradient, *map(_matrix, self.check()))
+        if not summed:
+            return backend.elementwise(formula, arguments, gradient.dtype, [gradient]), None
+        return gradient, backend.elementwise_and_sum(formula, arguments, gradient.dtype, gradient, (0,), total)
+
 
 class LinearOp(Primitive):
-    """`linear` with a plain backward pass that uses epilogues where the backend has them."""
+    """`linear` with a plain backward pass that passes by the activation before it, where that saves launches."""
 
     def backward(self, node: Node, gradient: Any, walk: Any) -> list[Any]:
         """The gradients of (input, weight, bias)."""
         backend = node.device.backend
-        if not backend.epilogues:
+        if not backend.fuses_activations:
             if gradient.ndim == 2:
                 return super().backward(node, gradient, walk)
             return _like_input(super().backward(node, _matrix(gradient), walk), gradient)
@@ -114,15 +130,13 @@ def _like_input(gradients: list[Any], gradient: Any) -> list[Any]:
 
 
 def _input_gradient(backend: Any, gradient: Any, weight: Any, parent: Any, walk: Any, leading: tuple[int, ...]) -> Any:
-    """g @ weight; past an activation in one product, and then WRITTEN. leading: the dimensions that are rows of g."""
+    """g @ weight, or past an activation that nobody looks at, and then WRITTEN; leading: the dimensions of g's rows."""
     if type(parent) is EpilogueNode and walk.passes(parent):
         before: Any = parent.parents[0]
         bias = before.parents[2]
-        found = backend.input_gradient(gradient, weight, parent.kept, bias is not None, walk.room(bias))
-        if found is not None:
-            passed, total = found
-            walk.pass_by(parent, passed if len(leading) == 1 else passed.reshape((*leading, -1)), total)
-            return WRITTEN
+        passed, total = parent.before(backend, gradient, weight, bias is not None, walk.room(bias))
+        walk.pass_by(parent, passed if len(leading) == 1 else passed.reshape((*leading, -1)), total)
+        return WRITTEN
     return backend.gemm(gradient, weight)
 
 
@@ -221,47 +235,67 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
 
 
 class LinearActivation(Op):
-    """A linear layer and its activation as one product; called with what fits, None where there is no such product."""
+    """A linear layer and its activation: one product, or a product and one kernel in place."""
 
     def __init__(self, activation: str, op: Elementwise) -> None:
         super().__init__(f"linear_{activation}", register=False)
         self.activation, self.op = activation, op
+        self.shifted = trace(lambda product, bias: op(product + bias), self.name)
+        self.both = trace(lambda product, bias: (product + bias, op(product + bias)), self.name)
 
-    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         device = input._device
         backend: Any = device.backend
         tensors = (input, weight) if bias is None else (input, weight, bias)
         wanted = tuple([i for i, t in enumerate(tensors) if t._requires_grad]) if state.enabled else ()
         arrays = [t._data for t in tensors] + [None] * (3 - len(tensors))
-        found = backend.linear_activation(_matrix(arrays[0]), arrays[1], arrays[2], self.activation, bool(wanted))
+        operands = _matrix(arrays[0]), arrays[1], arrays[2]
+        found = backend.linear_activation(*operands, self.activation, bool(wanted))
         if found is None:
-            return None
-        array, kept = found
+            array, before, kept = *self._behind_product(backend, *operands, bool(wanted)), None
+        else:
+            array, kept = found
+            before = None if kept is None else kept.values
         shape = (*arrays[0].shape[:-1], array.shape[1])
         array = array if len(shape) == 2 else array.reshape(shape)
         out = wrap(array, device)
         if wanted:
-            before = wrap(array, device)  # stands for the value before the activation, which is nowhere
-            linear_._record((input, weight, bias), arrays, before, wanted, {})
+            linear_out = wrap(array, device)  # stands for the value before the activation, which is nowhere
+            linear_._record((input, weight, bias), arrays, linear_out, wanted, {})
             plan = self.op.plan((0,))
-            saved = (kept.values.reshape((*shape[:-1], -1))[..., : shape[-1]],) if plan.inputs else (array,)
+            saved = (before.reshape((*shape[:-1], -1))[..., : shape[-1]],) if plan.inputs else (array,)
             cells = () if plan.inputs else (out._cell,)
             version = sum([cell[0] for cell in cells])
-            node = EpilogueNode(self.op, (before._node,), saved, cells, version, (plan, None), device)
+            node = EpilogueNode(self.op, (linear_out._node,), saved, cells, version, (plan, None), device)
             node.kept = kept
             out._node, out._requires_grad = node, True
         return out
+
+    def _behind_product(self, backend: Any, x: Any, weight: Any, bias: Any, keep: bool) -> tuple[Any, Any]:
+        """(activation(x @ weight.T + bias), what went into it where its derivative needs that)."""
+        product = backend.gemm(x, weight.T)
+        dtype = product.dtype
+        if not (keep and self.op.plan((0,)).inputs):
+            formula, arguments = (self.op.formula, (product,)) if bias is None else (self.shifted, (product, bias))
+            return backend.elementwise(formula, arguments, dtype, [product]), None
+        if bias is None:
+            return backend.elementwise(self.op.formula, (product,), dtype), product
+        out = backend.empty(product.shape, dtype)
+        backend.elementwise(self.both, (product, bias), dtype, [product, out])
+        return out, product
 
 
 _FUSED = {"relu": LinearActivation("relu", relu), "gelu": LinearActivation("gelu", gelu_tanh)}
 
 
 def linear_activation(input: Any, weight: Any, bias: Any, activation: str) -> Tensor | None:
-    """activation(input @ weight.T + bias) as one product, for "relu" or "gelu" (by tanh); None where that cannot be.
+    """activation(input @ weight.T + bias) as one operation, for "relu" or "gelu" (by tanh); None where that cannot be.
 
     input: (*, in_features). weight: (out_features, in_features). bias: (out_features,) or None.
     """
-    if not isinstance(input, Tensor) or not input._device.backend.epilogues or Interpreters.active or watched():
+    if not isinstance(input, Tensor) or not input._device.backend.fuses_activations:
+        return None
+    if Interpreters.active or watched():
         return None
     x, w = input._data, weight._data
     for t in (weight,) if bias is None else (weight, bias):
