@@ -7,6 +7,7 @@ the current one while it runs, where it is not: an operation runs where its oper
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -238,6 +239,8 @@ class CupyBackend(Backend):
     def full(self, shape: tuple[int, ...], value: Any, dtype: np.dtype) -> Any:
         made = cupy.ndarray(shape, dtype)
         made.fill(value)  # 0 by a memset, which is cheaper than a kernel
+        if value == 0 and math.copysign(1.0, value) < 0.0:
+            cupy.negative(made, made)
         return made
 
     @_here

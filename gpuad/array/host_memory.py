@@ -1,4 +1,4 @@
-"""Large arrays on the host: memory that is used again instead of being given back to the system.
+"""Memory of arrays on the host: aligned, and of large arrays used again instead of being given back to the system.
 
 A fresh array of 16 MiB costs a page fault for every 4 KiB when it is first written, as much time as computing it. So
 the memory of large arrays stays in a pool, and an array that nobody holds any more hands its memory to the next one of
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,46 +19,64 @@ import numpy as np
 LARGE = 1 << 20
 # The pool holds at most this many bytes, in use or not; what goes beyond is plain memory.
 LIMIT = 1 << 29
+# Where arrays begin, in bytes: a line of the cache, and what JAX asks of memory that it shares. NumPy's begin at 16.
+ALIGNMENT = 64
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype, make: Callable[..., np.ndarray] = np.empty) -> np.ndarray:
+    """A C-contiguous array at a multiple of ALIGNMENT, with what `make` (numpy.empty or numpy.zeros) puts there."""
+    return _placed(shape, dtype, *_raw(math.prod(shape) * dtype.itemsize, make))
+
+
+def _raw(size: int, make: Callable[..., np.ndarray] = np.empty) -> tuple[np.ndarray, int]:
+    """Bytes for an array of so many, and where among them it begins."""
+    raw = make(size + ALIGNMENT, np.uint8)
+    return raw, -raw.__array_interface__["data"][0] % ALIGNMENT
+
+
+def _placed(shape: tuple[int, ...], dtype: np.dtype, raw: np.ndarray, offset: int) -> np.ndarray:
+    return np.ndarray(shape, dtype, raw, offset)  # type: ignore[arg-type]  (an array is a buffer)
 
 
 class HostMemory:
-    """A pool of buffers by their size in bytes."""
+    """A pool of memory by its size in bytes."""
 
     def __init__(self, limit: int = LIMIT) -> None:
         self.limit, self.held = limit, 0
-        self._buffers: dict[int, list[np.ndarray]] = {}
+        self._buffers: dict[int, list[tuple[np.ndarray, int]]] = {}
         self._lock = threading.Lock()
         self._idle = self._alone = 0
         self._measure()
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """A C-contiguous array with any contents."""
+        """A C-contiguous array with any contents; aligned where it is large, else what costs least."""
+        return np.empty(shape, dtype) if math.prod(shape) * dtype.itemsize < LARGE else self.aligned(shape, dtype)
+
+    def aligned(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """A C-contiguous array with any contents at a multiple of ALIGNMENT."""
         size = math.prod(shape) * dtype.itemsize
         if size < LARGE:
-            return np.empty(shape, dtype)
+            return aligned(shape, dtype)
         with self._lock:
-            buffer = self._take(size)
-            return np.empty(shape, dtype) if buffer is None else buffer.view(dtype).reshape(shape)
+            return _placed(shape, dtype, *self._take(size))
 
-    def _take(self, size: int) -> np.ndarray | None:
-        buffers = self._buffers.setdefault(size, [])
-        buffer: Any
-        for buffer in buffers:
-            if sys.getrefcount(buffer) == self._idle:
-                return buffer
-        buffer = None  # a name for the last one is a reference too
+    def _take(self, size: int) -> tuple[np.ndarray, int]:
+        raw: Any
+        for raw, offset in self._buffers.get(size, ()):
+            if sys.getrefcount(raw) == self._idle:
+                return raw, offset
+        raw = None  # a name for the last one is a reference too
         if self.held + size > self.limit:
             self._drop_idle()
-            if self.held + size > self.limit:
-                return None
-        buffer = np.empty(size, np.uint8)
-        self._buffers.setdefault(size, []).append(buffer)
-        self.held += size
-        return buffer
+        made = _raw(size)
+        if self.held + size <= self.limit:
+            self._buffers.setdefault(size, []).append(made)
+            self.held += size
+        return made
 
     def _drop_idle(self) -> None:
         for size, buffers in list(self._buffers.items()):
-            kept = [buffer for buffer in buffers if sys.getrefcount(buffer) != self._idle]
+            kept = [(raw, offset) for raw, offset in buffers if sys.getrefcount(raw) != self._idle]
             self.held -= size * (len(buffers) - len(kept))
             if kept:
                 self._buffers[size] = kept
@@ -70,23 +89,22 @@ class HostMemory:
             self._drop_idle()
 
     def alone(self, array: np.ndarray) -> bool:
-        """Whether `array` is the only one on its memory: a view of nothing, or of a buffer here with no other view."""
+        """Whether `array` is the only one on its memory: its own, or made here with no other view on it."""
         base = array.base
         if base is None:
             return True
-        if type(base) is not np.ndarray or base.nbytes != array.nbytes:
+        if type(base) is not np.ndarray or base.base is not None or base.nbytes != array.nbytes + ALIGNMENT:
             return False
-        known = any([b is base for b in self._buffers.get(base.nbytes, ())])
-        return known and sys.getrefcount(base) == self._alone
+        pooled = any([raw is base for raw, _ in self._buffers.get(array.nbytes, ())])
+        return sys.getrefcount(base) == self._alone + pooled
 
     def _measure(self) -> None:
-        """What the counts are for a buffer that nothing uses, and one with a single array: interpreters differ."""
-        buffers = [np.empty(4, np.uint8)]
-        buffer: Any
-        for buffer in buffers:
-            self._idle = sys.getrefcount(buffer)
-        buffer = None
-        array = buffers[0].view(np.float32)
+        """What the counts are for memory that only the pool holds, or one array: interpreters differ."""
+        buffers = [_raw(16)]
+        raw: Any
+        for raw, _ in buffers:
+            self._idle = sys.getrefcount(raw)
+        array = aligned((4,), np.dtype(np.float32))
         base = array.base
         self._alone = sys.getrefcount(base)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from gpuad.array import indices
 from gpuad.array.backend import Backend, Formula
-from gpuad.array.host_memory import LARGE, memory
+from gpuad.array.host_memory import LARGE, aligned, memory
 
 
 class NumpyBackend(Backend):
@@ -33,6 +34,16 @@ class NumpyBackend(Backend):
 
     def to_host(self, array: np.ndarray) -> np.ndarray:
         return array
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        return memory.aligned(shape, dtype)
+
+    def full(self, shape: tuple[int, ...], value: Any, dtype: np.dtype) -> np.ndarray:
+        if value == 0 and math.copysign(1.0, value) > 0.0:
+            return aligned(shape, dtype, np.zeros)  # pages that nobody has touched are zero already
+        made = memory.aligned(shape, dtype)
+        np.copyto(made, value, casting="unsafe")
+        return made
 
     def ones_scalar(self, dtype: np.dtype) -> np.ndarray:
         found = self._ones.get(dtype)
@@ -107,7 +118,7 @@ class NumpyBackend(Backend):
         return out
 
     def copy(self, array: np.ndarray) -> np.ndarray:
-        made = memory.empty(array.shape, array.dtype)
+        made = memory.aligned(array.shape, array.dtype)
         np.copyto(made, array)
         return made
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from gpuad.array import philox
 from gpuad.array.device import Device
+from gpuad.array.host_memory import memory
 from gpuad.errors import DeviceError, DtypeError, ShapeError
 
 __all__ = [
@@ -348,7 +349,7 @@ def _draw(
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype, device: int | None) -> Any:
-    return np.empty(shape, dtype) if device is None else Device("cuda", device).backend.empty(shape, dtype)
+    return memory.aligned(shape, dtype) if device is None else Device("cuda", device).backend.empty(shape, dtype)
 
 
 def _take(generator: Generator, blocks: int, device: int | None) -> Taken:

@@ -10,6 +10,7 @@ import numpy as np
 
 from gpuad.array import dtypes, random
 from gpuad.array.device import as_device, of_array
+from gpuad.array.host_memory import memory
 from gpuad.array.random import Generator
 from gpuad.autograd.levels import batches_of, make_batched, open_batches
 from gpuad.autograd.op import Interpreters, function, random_tensor
@@ -49,7 +50,7 @@ def _unwrap(values: Any) -> Any:
 def _host_array(values: Any, dtype: np.dtype | None) -> np.ndarray:
     """Nested Python values or a host array as a new numpy array of a dtype of gpuad."""
     if isinstance(values, np.ndarray):
-        return np.array(values, dtypes.as_dtype(values.dtype) if dtype is None else dtype, order="C")
+        return _copy(values, dtypes.as_dtype(values.dtype) if dtype is None else dtype)
     if _has_tensors(values):
         values = _unwrap(values)
     try:
@@ -65,7 +66,13 @@ def _host_array(values: Any, dtype: np.dtype | None) -> np.ndarray:
             dtype = dtypes.get_default_dtype()
         elif array.dtype.kind in "iu":
             dtype = dtypes.int64
-    return array.astype(dtypes.as_dtype(array.dtype) if dtype is None else dtype, copy=False)
+    return _copy(array, dtypes.as_dtype(array.dtype) if dtype is None else dtype)
+
+
+def _copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    made = memory.aligned(array.shape, dtype)
+    np.copyto(made, array, casting="unsafe")
+    return made
 
 
 @function(method=False)
