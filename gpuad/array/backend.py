@@ -44,6 +44,9 @@ class Backend:
     language: str
     array_type: type
 
+    # The formula that hands its input on, for sums of arrays; gpuad/kernels/formula.py, a floor up, sets it.
+    identity: Formula
+
     # Whether this device is the current one of its array library; the host always is.
     current: bool = True
 

@@ -293,7 +293,7 @@ class CupyBackend(Backend):
     def sum(
         self, array: Any, axes: tuple[int, ...], keepdims: bool = False, out: Any = None, scale: float = 1.0
     ) -> Any:
-        return _identity().runner("cuda").reduce((array,), array.dtype, axes, keepdims, scale, out)
+        return self.identity.runner("cuda").reduce((array,), array.dtype, axes, keepdims, scale, out)
 
     @_here
     def add(self, a: Any, b: Any) -> Any:
@@ -399,13 +399,6 @@ class CupyBackend(Backend):
         wide = out.astype(np.float32 if out.dtype.kind == "f" else np.int32)
         self.add_at(wide, key, values.astype(wide.dtype))
         cupy.copyto(out, wide, casting="unsafe")
-
-
-@functools.cache
-def _identity() -> Formula:
-    from gpuad.kernels.formula import trace
-
-    return trace(lambda input: input, "input")
 
 
 class _Namespace:
