@@ -113,6 +113,29 @@ def test_an_activation_that_is_used_twice(device, activation):
     close(results[1], results[0])
 
 
+FUNCTIONS = [gpuad.relu, gpuad.tanh, gpuad.sigmoid, F.silu, F.gelu, F.softplus, gpuad.exp, lambda x: x.softmax(-1),
+             lambda x: F.leaky_relu(x, 0.1), lambda x: x * 2, lambda x: x.unsqueeze(0).tanh().squeeze(0),
+             lambda x: -x]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: getattr(f, "__name__", str(f)))
+@pytest.mark.parametrize("shape", [(9, 5), (3, 2, 5), (5,)], ids=str)
+def test_functions_between_layers(device, function, shape):
+    """Used once and twice, with hooks and without: the gradients are those of the host."""
+    found = []
+    for place in ("cpu", device):
+        model = network(place, "relu")
+        x = gpuad.tensor(np.random.default_rng(2).standard_normal(shape), device=place, requires_grad=True)
+        for use in range(3):
+            h = function(model[0](x))
+            if use == 2:
+                h.retain_grad()
+            y = model[4](function(model[2](h)))
+            (y.square().sum() + (h.square().sum() if use else 0)).backward()
+        found.append([x.grad.cpu().numpy(), h.grad.cpu().numpy(), *gradients(model)])
+    close(found[1], found[0])
+
+
 def test_shared_layers_and_shared_biases(device):
     results = []
     for place in ("cpu", device):

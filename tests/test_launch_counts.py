@@ -93,6 +93,32 @@ def test_without_cublaslt_it_takes_17(cuda_device, counts, monkeypatch):
     assert (forward.library_calls, backward.library_calls) == (3, 5)
 
 
+class WithFunctions(nn.Module):
+    """The network of Training as many write theirs: activations are functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = nn.Linear(784, 512), nn.Linear(512, 512), nn.Linear(512, 10)
+
+    def forward(self, x):
+        return self.fc3(self.fc2(self.fc1(x).relu()).relu())
+
+
+@pytest.mark.parametrize("library, expected", [(True, (6, 8, 1)), (False, (9, 9, 1))], ids=["cuBLASLt", "without"])
+def test_activations_that_are_functions(request, cuda_device, counts, monkeypatch, library, expected):
+    """A kernel each forwards; backwards one kernel in place that also sums for the bias, as in Sequential."""
+    if library:
+        request.getfixturevalue("epilogues")
+    else:
+        monkeypatch.setattr(cublaslt, "available", lambda: False)
+    training = Training()
+    training.model = WithFunctions().to("cuda")
+    training.optimizer = optim.SGD(training.model.parameters(), lr=0.1, momentum=0.9)
+    forward, backward, step = phases(training.warm().forward, training.optimizer, counts)
+    assert (launches(forward), launches(backward), launches(step)) == expected
+    assert nothing_else(forward) and nothing_else(backward) and nothing_else(step)
+
+
 def test_the_phases_of_a_step(epilogues, counts):
     training = Training().warm()
     forward, backward, step = phases(training.forward, training.optimizer, counts)

@@ -43,18 +43,6 @@ class EpilogueNode(Node):
         super().free()
         self.kept = None
 
-    def before(self, backend: Any, g: Any, weight: Any, summed: bool, total: Any) -> tuple[Any, Any]:
-        """The gradient of the activation's input, from g @ weight, that of its output; with `summed`, its rows' sum."""
-        if self.kept is not None:
-            found = backend.input_gradient(g, weight, self.kept, summed, total)
-            if found is not None:
-                return found
-        gradient = backend.gemm(g, weight)
-        formula, arguments = self.info[0].formula, (gradient, *map(_matrix, self.check()))
-        if not summed:
-            return backend.elementwise(formula, arguments, gradient.dtype, [gradient]), None
-        return gradient, backend.elementwise_and_sum(formula, arguments, gradient.dtype, gradient, (0,), total)
-
 
 class LinearOp(Primitive):
     """`linear` with a plain backward pass that passes by the activation before it, where that saves launches."""
@@ -131,13 +119,36 @@ def _like_input(gradients: list[Any], gradient: Any) -> list[Any]:
 
 def _input_gradient(backend: Any, gradient: Any, weight: Any, parent: Any, walk: Any, leading: tuple[int, ...]) -> Any:
     """g @ weight, or past an activation that nobody looks at, and then WRITTEN; leading: the dimensions of g's rows."""
-    if type(parent) is EpilogueNode and walk.passes(parent):
-        before: Any = parent.parents[0]
-        bias = before.parents[2]
-        passed, total = parent.before(backend, gradient, weight, bias is not None, walk.room(bias))
-        walk.pass_by(parent, passed if len(leading) == 1 else passed.reshape((*leading, -1)), total)
-        return WRITTEN
-    return backend.gemm(gradient, weight)
+    if not (_is_activation(parent) and walk.passes(parent)):
+        return backend.gemm(gradient, weight)
+    bias = parent.parents[0].parents[2]
+    passed, total = _past(backend, gradient, weight, parent, bias is not None, walk.room(bias))
+    walk.pass_by(parent, passed if len(leading) == 1 else passed.reshape((*leading, -1)), total)
+    return WRITTEN
+
+
+def _is_activation(node: Any) -> bool:
+    """Whether it is the node of a function of one operand, the output of a linear layer."""
+    if type(node) is not Node:
+        return type(node) is EpilogueNode
+    op, before = node.op, node.parents[0]
+    if not isinstance(op, Elementwise) or op.arity > 1 or op.several or op.formula.is_row:
+        return False
+    plan, layout = node.info[:2]
+    return layout is None and plan.formula is not None and isinstance(before, Node) and before.op is linear_
+
+
+def _past(backend: Any, g: Any, weight: Any, node: Node, summed: bool, total: Any) -> tuple[Any, Any]:
+    """g @ weight times the derivative of the activation whose node it is; with `summed` the sum of its rows."""
+    if type(node) is EpilogueNode and node.kept is not None:
+        found = backend.input_gradient(g, weight, node.kept, summed, total)
+        if found is not None:
+            return found
+    gradient = backend.gemm(g, weight)
+    formula, arguments = node.info[0].formula, (gradient, *map(_matrix, node.check()))
+    if not summed:
+        return backend.elementwise(formula, arguments, gradient.dtype, [gradient]), None
+    return gradient, backend.elementwise_and_sum(formula, arguments, gradient.dtype, gradient, (0,), total)
 
 
 def _linear(backend: Any, x: Any, weight: Any, bias: Any) -> Any:
