@@ -5,11 +5,16 @@ from __future__ import annotations
 import importlib as _importlib
 from typing import Any as _Any
 
+import numpy as _np
+
 from gpuad import amp, autograd, cuda, errors, func, ops, profiler
 from gpuad.array.deterministic import are_deterministic_algorithms_enabled, use_deterministic_algorithms
 from gpuad.array.device import Device, set_default_device
 from gpuad.array.device import Device as device
 from gpuad.array.device import default_device as get_default_device
+from gpuad.array.dtypes import (
+    bfloat16 as _bfloat16,
+)
 from gpuad.array.dtypes import (
     bool_,
     can_cast,
@@ -363,7 +368,7 @@ __version__ = "0.1.0"
 bool = bool_
 float = float32
 int = int32
-dtype = type(float32)
+dtype = _np.dtype
 
 
 # Imported on their first use: what a program does not need costs nothing.
@@ -371,7 +376,9 @@ _LATER = ("graph", "nn", "optim", "utils")
 
 
 def __getattr__(name: str) -> _Any:
-    """gpuad.graph, gpuad.nn, gpuad.optim and gpuad.utils."""
+    """gpuad.graph, gpuad.nn, gpuad.optim and gpuad.utils; gpuad.bfloat16, which needs the package ml_dtypes."""
     if name in _LATER:
         return _importlib.import_module(f"gpuad.{name}")
+    if name == "bfloat16":
+        return _bfloat16()
     raise AttributeError(f"module 'gpuad' has no attribute {name!r}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpuad.array.device import Device, of_array
+from gpuad.array.dtypes import FLOATING
 from gpuad.errors import AutogradError, DtypeError
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ class Tensor:
 
     def is_floating_point(self) -> bool:
         """Whether the dtype is floating."""
-        return self._data.dtype.kind == "f"
+        return self._data.dtype.char in FLOATING
 
     def data_ptr(self) -> int:
         """The address of the first element."""
@@ -185,7 +186,7 @@ class Tensor:
                     "use x = x.detach() for a tensor outside the graph."
                 )
             return
-        if value and self._data.dtype.kind != "f":
+        if value and self._data.dtype.char not in FLOATING:
             raise DtypeError(
                 f"Only floating tensors can require grad, this one is {self._data.dtype}; convert it first, "
                 "e.g. x.float()."

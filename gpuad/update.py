@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gpuad.array.device import Device, cpu
+from gpuad.array.dtypes import FLOATING
 from gpuad.autograd.modes import no_grad
 from gpuad.errors import DeviceError, DtypeError, ShapeError
 from gpuad.kernels.update import Update, UpdateRule
@@ -358,7 +359,7 @@ def _step_count(value: Any) -> Tensor:
     """A step count as it is kept: a 0-d floating tensor on the host, as PyTorch has it."""
     if isinstance(value, Tensor):
         data = value._data
-        if type(data) is np.ndarray and data.ndim == 0 and data.dtype.kind == "f" and data.flags.writeable:
+        if type(data) is np.ndarray and data.ndim == 0 and data.dtype.char in FLOATING and data.flags.writeable:
             return value
         value = value.item()
     return wrap(np.array(value or 0, np.float32), cpu)

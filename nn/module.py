@@ -351,6 +351,10 @@ class Module:
         """Convert floating parameters and buffers to float16."""
         return self.to(dtype=gpuad.float16)
 
+    def bfloat16(self) -> Self:
+        """Convert floating parameters and buffers to bfloat16."""
+        return self.to(dtype="bfloat16")
+
     def _apply(self, fn: Callable[[Tensor], Tensor]) -> Self:
         converted: dict[int, tuple[Tensor, Tensor]] = {}  # by id; with the original, so that its id stays taken
         with gpuad.no_grad():
@@ -414,7 +418,7 @@ def _parse_to(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
             dtype = arg
         elif arg is not None and not isinstance(arg, bool):  # a bool is non_blocking
             device = arg
-    if dtype is not None and np.dtype(dtype).kind != "f":
+    if dtype is not None and gpuad.can_cast(dtype, gpuad.int64):
         raise TypeError(f"nn.Module.to only accepts floating point dtypes, but got desired dtype={np.dtype(dtype)}")
     return device, dtype
 

@@ -14,7 +14,7 @@ from gpuad.autograd.node import Node
 from gpuad.ops.linear import EpilogueNode
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": lambda: nn.GELU(approximate="tanh")}
-TOLERANCE = {"float16": 2e-2, "float32": 2e-5, "float64": 1e-11}
+TOLERANCE = {"float16": 2e-2, "bfloat16": 2e-1, "float32": 2e-5, "float64": 1e-11}
 
 
 def network(device, activation: str, dtype: str = "float64", bias: bool = True, sizes=(5, 7, 6, 3)):

@@ -265,7 +265,8 @@ def test_to_moves_in_place(device):
 def test_to_converts_floating_values_only():
     net = Net()
     weight = net.first.weight
-    for convert, dtype in ((net.double, gpuad.float64), (net.half, gpuad.float16), (net.float, gpuad.float32)):
+    halves = ((net.half, gpuad.float16), (net.bfloat16, gpuad.bfloat16))
+    for convert, dtype in ((net.double, gpuad.float64), *halves, (net.float, gpuad.float32)):
         assert convert() is net
         assert net.first.weight is weight and weight.dtype == dtype and net.norm.running_mean.dtype == dtype
         assert net.norm.num_batches_tracked.dtype == gpuad.int64

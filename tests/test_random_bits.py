@@ -7,10 +7,12 @@ import threading
 import numpy as np
 import pytest
 
-from gpuad.array import philox, random
+import gpuad
+from gpuad.array import dtypes, philox, random
 from gpuad.errors import DeviceError, DtypeError, ShapeError
 
 MASK = (1 << 64) - 1
+gpuad.bfloat16  # noqa: B018  (makes its name known to NumPy)
 
 
 def _cupy():
@@ -264,15 +266,27 @@ def test_threads_share_a_generator(generator):
 
 # ------------------------------------------------------------------------ CUDA
 
+HALVES = ("float16", "bfloat16")
 DRAWS = [
-    *((name, (), dtype, {}) for name in ("uniform", "normal") for dtype in ("float16", "float32", "float64")),
-    *(("uniform", (), dtype, {"low": -0.3, "high": 0.7}) for dtype in ("float16", "float32", "float64")),
-    *(("normal", (), dtype, {"mean": 5.0, "std": 0.1}) for dtype in ("float16", "float32", "float64")),
-    *(("integers", (-100, 27), dtype, {}) for dtype in ("int8", "int16", "int32", "int64", "float16", "float32")),
+    *(
+        (name, (), dtype, {})
+        for name in ("uniform", "normal")
+        for dtype in ("float16", "bfloat16", "float32", "float64")
+    ),
+    *(("uniform", (), dtype, {"low": -0.3, "high": 0.7}) for dtype in (*HALVES, "float32", "float64")),
+    *(("normal", (), dtype, {"mean": 5.0, "std": 0.1}) for dtype in (*HALVES, "float32", "float64")),
+    *(
+        ("integers", (-100, 27), dtype, {})
+        for dtype in ("int8", "int16", "int32", "int64", "float16", "bfloat16", "float32")
+    ),
     ("integers", (0, 200), "uint8", {}),
     ("integers", (-5, 1 << 40), "int64", {}),
     ("integers", (-(1 << 63), 1 << 63), "int64", {}),
-    *(("bernoulli", (p,), dtype, {}) for p in (0.0, 0.1, 1.0) for dtype in ("bool", "float16", "float32", "int64")),
+    *(
+        ("bernoulli", (p,), dtype, {})
+        for p in (0.0, 0.1, 1.0)
+        for dtype in ("bool", "float16", "bfloat16", "float32", "int64")
+    ),
 ]
 
 
@@ -303,7 +317,7 @@ def test_same_numbers_on_every_device(draw, generator):
             if draw[0] == "normal":
                 # NumPy's and CUDA's log, sin and cos differ by an ulp or two each; the mean adds its own rounding
                 z = (expected.astype("float64") - draw[3].get("mean", 0.0)) / draw[3].get("std", 1.0)
-                ulps = np.finfo(expected.dtype).eps * (8 * np.abs(z) * draw[3].get("std", 1.0))
+                ulps = dtypes.finfo(expected.dtype).eps * (8 * np.abs(z) * draw[3].get("std", 1.0))
                 ulps += np.spacing(np.abs(expected)).astype("float64")
                 error = np.abs(cupy.asnumpy(result).astype("float64") - expected.astype("float64"))
                 assert (error <= ulps).all()

@@ -32,10 +32,11 @@ class _Type(NamedTuple):
     itemsize: int
 
 
-_F16, _F32, _F64 = 2, 0, 1
+_F16, _BF16, _F32, _F64 = 2, 14, 0, 1
 _COMPUTE_32F, _COMPUTE_32F_FAST_TF32, _COMPUTE_64F = 68, 77, 70
 _TYPES = {
     "e": _Type(_F16, _COMPUTE_32F, _COMPUTE_32F, 2),
+    "E": _Type(_BF16, _COMPUTE_32F, _COMPUTE_32F, 2),
     "f": _Type(_F32, _COMPUTE_32F, _COMPUTE_32F_FAST_TF32, 4),
     "d": _Type(_F64, _COMPUTE_64F, _COMPUTE_64F, 8),
 }
@@ -77,9 +78,9 @@ def _load() -> None:
 def gemm(a: Any, b: Any, out: Any = None, *, alpha: float = 1.0, beta: float = 0.0, tf32: bool = False) -> Any:
     """out = alpha a @ b + beta out, with the shape rules of numpy.matmul for two or more dimensions.
 
-    a: (*batch, m, k), b: (*batch, k, n), CuPy arrays of one device and one of float16 (accumulated in float32),
-    float32 (tf32: products in TF32) or float64. out: (*broadcast batch, m, n) with a unit stride in one of its last
-    two dimensions, which must not share memory with a or b; without it beta is 0. beta 0 does not read out.
+    a: (*batch, m, k), b: (*batch, k, n), CuPy arrays of one device and one of float16 and bfloat16 (accumulated in
+    float32), float32 (tf32: products in TF32) or float64. out: (*broadcast batch, m, n) with a unit stride in one of
+    its last two dimensions, which must not share memory with a or b; without it beta is 0. beta 0 does not read out.
 
     One library call and nothing else, on the arrays' device and its current stream, if
     - each matrix has one unit stride and does not overlap itself; of a or b that has not, a contiguous copy is made;
@@ -281,7 +282,7 @@ def _described(a: Any, b: Any, out: Any, what: str) -> str:
 
 def _dtype_error(a: Any, b: Any, out: Any) -> DtypeError:
     text = _described(a, b, out, "of other dtypes than it takes")
-    return DtypeError(f"{text}All must have the same one of float16, float32 and float64; cast them first.")
+    return DtypeError(f"{text}All must have the same one of float16, bfloat16, float32 and float64; cast them first.")
 
 
 def _device_error(a: Any, b: Any, out: Any) -> DeviceError:

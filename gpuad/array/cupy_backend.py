@@ -16,6 +16,7 @@ import numpy as np
 
 from gpuad.array import cublas, cublaslt, deterministic, memory
 from gpuad.array.backend import Backend, Formula
+from gpuad.array.dtypes import FLOATING
 from gpuad.array.indices import index_error
 from gpuad.array.synchronization import waits
 from gpuad.errors import DeviceError
@@ -305,7 +306,7 @@ class CupyBackend(Backend):
 
     @_here
     def gemm(self, a: Any, b: Any, out: Any = None, alpha: float = 1.0, beta: float = 0.0) -> Any:
-        if a.dtype.kind != "f":
+        if a.dtype.char not in FLOATING:
             product = cupy.matmul(a, b)
         elif out is None or out.flags.c_contiguous:
             return cublas.gemm(a, b, out, alpha=alpha, beta=beta, tf32=self.tf32)
@@ -334,7 +335,7 @@ class CupyBackend(Backend):
 
     @_here
     def linear(self, x: Any, weight: Any, bias: Any) -> Any:
-        if bias is not None and x.dtype.kind == "f":
+        if bias is not None and x.dtype.char in FLOATING:
             found = self.linear_activation(x, weight, bias, None, False)
             if found is not None:
                 return found[0]
@@ -389,14 +390,14 @@ class CupyBackend(Backend):
 
     @_here
     def add_at(self, out: Any, key: Any, values: Any) -> None:
-        if deterministic.are_deterministic_algorithms_enabled() and out.dtype.kind == "f" and out.dtype.itemsize > 2:
+        if deterministic.are_deterministic_algorithms_enabled() and out.dtype.char in "fd":
             deterministic.add_at(cupy, out, key, values)
             return
         if out.dtype.char in "fdilqILQ":
             cupy.add.at(out, key, values)
             return
-        # float16 is accumulated in float32, as in sums; the small integers have no atomic addition.
-        wide = out.astype(np.float32 if out.dtype.kind == "f" else np.int32)
+        # What has 16 bits is accumulated in float32, as in sums; the small integers have no atomic addition.
+        wide = out.astype(np.float32 if out.dtype.char in FLOATING else np.int32)
         self.add_at(wide, key, values.astype(wide.dtype))
         cupy.copyto(out, wide, casting="unsafe")
 

@@ -8,11 +8,12 @@ dimensions come before 0-d tensors, and those before Python scalars.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from gpuad.errors import DtypeError
+from gpuad.errors import DtypeError, MissingPackageError
 
 float16 = half = np.dtype(np.float16)
 float32 = float_ = np.dtype(np.float32)
@@ -24,15 +25,34 @@ int64 = long = np.dtype(np.int64)
 uint8 = np.dtype(np.uint8)
 bool_ = np.dtype(np.bool_)
 
+# The characters of the floating dtypes: NumPy's of kind "f", and bfloat16's, whose kind is "V". Those of 16 bits are
+# computed in float32.
+FLOATING = "efdE"
+HALF = "eE"
+
 BY_NAME: dict[str, np.dtype] = {
     "float16": float16, "half": float16, "float32": float32, "float": float32, "float64": float64, "double": float64,
     "int8": int8, "int16": int16, "short": int16, "int32": int32, "int": int32, "int64": int64, "long": int64,
     "uint8": uint8, "bool": bool_,
 }  # fmt: skip
 SUPPORTED = frozenset(BY_NAME.values())
+_BFLOAT16_NAMES = ("bfloat16", "bf16")
 PYTHON_TYPES: dict[type, np.dtype] = {bool: bool_, int: int64, float: float32}
 
 _process_default = float32
+
+
+@cache
+def bfloat16() -> np.dtype:
+    """The dtype of 16 bits with the range of float32, which NumPy has by the package ml_dtypes."""
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise MissingPackageError(
+            "bfloat16 needs the package ml_dtypes, which is not installed. "
+            'Install it with: pip install "gpuad[bfloat16]".'
+        ) from error
+    return np.dtype(ml_dtypes.bfloat16)
 
 
 def get_default_dtype() -> np.dtype:
@@ -44,7 +64,7 @@ def set_default_dtype(dtype: Any) -> None:
     """Make `dtype` (floating) the dtype of new floating tensors."""
     global _process_default
     found = as_dtype(dtype)
-    if found.kind != "f":
+    if found.char not in FLOATING:
         raise DtypeError(f"set_default_dtype takes a floating dtype, got {found}; give float32 or float64.")
     _process_default = found
 
@@ -53,6 +73,8 @@ def as_dtype(dtype: Any) -> np.dtype:
     """`dtype` (a numpy dtype or scalar type, a Python type or a name) as one of the supported numpy dtypes."""
     if isinstance(dtype, np.dtype) and dtype in SUPPORTED:
         return dtype.newbyteorder("=")
+    if isinstance(dtype, str) and dtype.rpartition(".")[2] in _BFLOAT16_NAMES:
+        return bfloat16()
     if dtype is float:
         return _process_default
     if isinstance(dtype, type) and dtype in PYTHON_TYPES:
@@ -65,12 +87,9 @@ def as_dtype(dtype: Any) -> np.dtype:
         found = None
     if found is not None and found.newbyteorder("=") in SUPPORTED:
         return found.newbyteorder("=")
-    if str(dtype).rpartition(".")[2].strip("'<>") in ("bfloat16", "bf16"):
-        raise DtypeError(
-            "bfloat16 is not a dtype of gpuad: NumPy has it only through the package ml_dtypes, as a dtype that is "
-            "none of its floating kinds. Use float16 (with gpuad.amp.GradScaler where gradients are small) or float32."
-        )
-    known = ", ".join(sorted(str(d) for d in SUPPORTED))
+    if str(found or dtype).rpartition(".")[2].strip("'<>") in _BFLOAT16_NAMES:  # ml_dtypes', or torch.bfloat16
+        return bfloat16()
+    known = ", ".join(sorted([*map(str, SUPPORTED), "bfloat16"]))
     raise DtypeError(f"{dtype!r} is not a dtype of gpuad; the dtypes are {known}.")
 
 
@@ -93,7 +112,16 @@ def promote_types(a: Any, b: Any) -> np.dtype:
     a, b = as_dtype(a), as_dtype(b)
     if category(a) != category(b):
         return a if category(a) > category(b) else b
-    return np.promote_types(a, b)
+    return float32 if a != b and a.char in HALF and b.char in HALF else np.promote_types(a, b)
+
+
+def finfo(dtype: np.dtype) -> Any:
+    """The limits of a floating dtype: numpy.finfo, or that of ml_dtypes."""
+    if dtype.char == "E":
+        import ml_dtypes
+
+        return ml_dtypes.finfo(dtype)
+    return np.finfo(dtype)
 
 
 def result_type(dimensioned: Iterable[np.dtype], zero_d: Iterable[np.dtype], scalars: Iterable[Any]) -> np.dtype:

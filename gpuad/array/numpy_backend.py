@@ -10,6 +10,7 @@ import numpy as np
 
 from gpuad.array import indices
 from gpuad.array.backend import Backend, Formula
+from gpuad.array.dtypes import FLOATING, HALF
 from gpuad.array.host_memory import LARGE, aligned, memory
 
 
@@ -54,7 +55,7 @@ class NumpyBackend(Backend):
 
     def elementwise(self, formula: Formula, arguments: Sequence[Any], dtype: np.dtype, outs: Any = None) -> Any:
         ufunc = formula.ufunc
-        if ufunc is not None:
+        if ufunc is not None and dtype.char != "E":  # with a number bfloat16 would give float32
             if outs is not None:
                 return ufunc(*arguments, out=outs[0], casting="unsafe")
             first = arguments[0]
@@ -91,14 +92,14 @@ class NumpyBackend(Backend):
 
     def gemm(self, a: np.ndarray, b: np.ndarray, out: Any = None, alpha: float = 1.0, beta: float = 0.0) -> np.ndarray:
         product = np.dot if a.ndim == 2 and b.ndim == 2 else np.matmul
-        if a.dtype == np.float16:
+        if a.dtype.char in HALF:
             wide = product(a.astype(np.float32), b.astype(np.float32))
             result = wide if alpha == 1.0 else wide * np.float32(alpha)
             if beta:
                 result = result + np.float32(beta) * out
             if out is None:
-                return result.astype(np.float16)
-            np.copyto(out, result, casting="same_kind")
+                return result.astype(a.dtype)
+            np.copyto(out, result, casting="unsafe")
             return out
         if beta == 0.0:
             if out is not None and not out.flags.c_contiguous:
@@ -157,8 +158,8 @@ class NumpyBackend(Backend):
         return total, weights, results[2:]
 
     def linear(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
-        if x.dtype.kind != "f" or x.dtype.itemsize == 2:
-            result = self.gemm(x, weight.T) if x.dtype.kind == "f" else np.matmul(x, weight.T)
+        if x.dtype.char not in FLOATING or x.dtype.itemsize == 2:
+            result = self.gemm(x, weight.T) if x.dtype.char in FLOATING else np.matmul(x, weight.T)
         else:
             result = np.dot(x, weight.T, out=_product_memory(x, weight.T))
         return result if bias is None else np.add(result, bias, out=result)
@@ -182,32 +183,32 @@ add_reduce: Any = np.add.reduce
 def host_sum(
     array: np.ndarray, axes: tuple[int, ...], keepdims: bool = False, out: Any = None, scale: float = 1.0
 ) -> np.ndarray:
-    """scale · the sum over axes, in the dtype of the array; float16 is accumulated in float32."""
+    """scale · the sum over axes, in the dtype of the array; of 16 bits in float32."""
     dtype = array.dtype
     if (
         len(axes) == array.ndim
         and out is None
         and not keepdims
         and 0 < array.size <= _SUM_BY_PRODUCT
-        and dtype.kind == "f"
-        and dtype.itemsize > 2
+        and dtype.char in "fd"
         and axes
         and array.flags.c_contiguous
     ):
         total = np.dot(array.reshape(-1), _ones(array.size, dtype))
         return np.asarray(total if scale == 1.0 else total * scale)
+    if dtype.char in HALF:
+        wide = np.asarray(add_reduce(array, axes, np.float32, None, keepdims) * np.float32(scale))
+        made = np.empty(wide.shape, dtype) if out is None else out
+        with np.errstate(over="ignore"):
+            np.copyto(made, wide, casting="unsafe")
+        return made
     result = _host_sum(array, dtype, axes, keepdims, out)
     return result if scale == 1.0 else np.multiply(result, scale, out=result)
 
 
 def _host_sum(array: np.ndarray, dtype: np.dtype, axes: tuple[int, ...], keepdims: bool, out: Any) -> np.ndarray:
-    if dtype == np.float16:
-        wide = np.asarray(add_reduce(array, axes, np.float32, None, keepdims))
-        if out is None:
-            return wide.astype(np.float16)
-        np.copyto(out, wide, casting="same_kind")
-        return out
-    if axes == (0,) and array.ndim == 2 and not keepdims and 0 < array.size <= _SUM_BY_PRODUCT and dtype.kind == "f":
+    small = 0 < array.size <= _SUM_BY_PRODUCT
+    if small and axes == (0,) and array.ndim == 2 and not keepdims and dtype.char in "fd":
         return np.dot(_ones(array.shape[0], dtype), array, out=out)
     result = add_reduce(array, axes, dtype, out, keepdims)
     return result if type(result) is np.ndarray else np.asarray(result)

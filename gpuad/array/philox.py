@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from gpuad.array.dtypes import HALF
+
 __all__ = [
     "CUDA_PHILOX", "UNIFORM_BITS", "WORDS_PER_BLOCK", "Draw", "bernoulli", "dropout", "integers", "normal",
     "philox_numpy", "uniform",
@@ -133,8 +135,9 @@ class Draw:
 
         Where `state` is not null it holds the key and a block number that is added to `block`.
         """
+        types = _CUDA_TYPES[self.dtype.char] + self.parameters
         return _KERNEL % {
-            "fp16": "#include <cuda_fp16.h>" if self.dtype.char == "e" or "__half" in self.parameters else "",
+            "headers": "\n".join(header for name, header in _HEADERS.items() if name in types),
             "philox": CUDA_PHILOX,
             "type": _CUDA_TYPES[self.dtype.char],
             "per_block": WORDS_PER_BLOCK * self.per_word,
@@ -144,18 +147,20 @@ class Draw:
         }
 
 
-UNIFORM_BITS = {"e": 11, "f": 24, "d": 53}  # a uniform's bits, by dtype character
+UNIFORM_BITS = {"e": 11, "E": 8, "f": 24, "d": 53}  # a uniform's bits, by dtype character
 
 _CHUNK_WORDS = 8192  # 64 KiB of words and as much of temporaries: they stay in the second-level cache
 
 _CUDA_TYPES = {
-    "e": "__half", "f": "float", "d": "double", "?": "bool",
+    "e": "__half", "E": "__nv_bfloat16", "f": "float", "d": "double", "?": "bool",
     "b": "signed char", "B": "unsigned char", "h": "short", "H": "unsigned short", "i": "int", "I": "unsigned int",
     "l": "long long", "q": "long long", "L": "unsigned long long", "Q": "unsigned long long",
 }  # fmt: skip
 
+_HEADERS = {"__half": "#include <cuda_fp16.h>", "__nv_bfloat16": "#include <cuda_bf16.h>"}
+
 _KERNEL = r"""
-%(fp16)s
+%(headers)s
 %(philox)s
 typedef unsigned long long word;
 typedef %(type)s value_type;
@@ -189,7 +194,7 @@ _BITS32 = "(unsigned int)(w[j >> 1] >> (32 * (j & 1)))"
 def uniform(dtype: np.dtype) -> Draw:
     """Arguments (low, scale), scale = (high - low) / 2**bits: low + scale * the upper bits of 32 (double: 64).
 
-    24 bits for float32, 53 for float64; 11 for float16, computed in float32 and rounded at the end.
+    24 bits for float32, 53 for float64; 11 for float16 and 8 for bfloat16, computed in float32 and rounded at the end.
     """
     if dtype.char == "d":
         return Draw("uniform", dtype, 1, _uniform64, """
@@ -230,7 +235,7 @@ def normal(dtype: np.dtype) -> Draw:
     """Arguments (mean, std): Box-Muller, elements 2j and 2j + 1 are the cosine and sine of pair j.
 
     radius = std sqrt(-2 log((a + 1/2) / 2**bits)), angle = pi b / 2**(bits - 1), with the first a of the pair's
-    numbers unsigned and the second b signed; of 32 bits (float64: 53). float16 is computed in float32.
+    numbers unsigned and the second b signed; of 32 bits (float64: 53). 16 bits are computed in float32.
     """
     if dtype.char == "d":
         code, real, suffix = "w[2 * j] >> 11", "double", ""
@@ -290,7 +295,7 @@ def integers(dtype: np.dtype) -> Draw:
 
     No value is likelier than another by more than the factor 1 + span / 2**64.
     """
-    cast = "(value_type)(float)(long long)" if dtype.char == "e" else "(value_type)(long long)"
+    cast = "(value_type)(float)(long long)" if dtype.char in HALF else "(value_type)(long long)"
     return Draw("integers", dtype, 1, _integers, f"""
     #pragma unroll
     for (int j = 0; j < 4; ++j) v[j] = {cast}(low + (span ? __umul64hi(w[j], span) : w[j]));
@@ -336,7 +341,7 @@ def bernoulli(dtype: np.dtype, probabilities: np.dtype | None = None) -> Draw:
 
     Argument: ceil(p * 2**32), or the array of all p if `probabilities` gives its dtype.
     """
-    one = "(value_type)(float)" if dtype.char == "e" else "(value_type)"
+    one = "(value_type)(float)" if dtype.char in HALF else "(value_type)"
     bits = _BITS32
     if probabilities is None:
         below, parameters = f"{bits} < threshold", "word threshold"
@@ -365,7 +370,7 @@ def _bernoulli(words: np.ndarray, out: np.ndarray, threshold: Any) -> None:
 def dropout(dtype: np.dtype) -> Draw:
     """x scale where 32 random bits, as a fraction of 2**32, are below p, else 0: what `bernoulli` says True for.
 
-    Arguments: the array of all x, scale, ceil(p * 2**32). float16 is computed in float32.
+    Arguments: the array of all x, scale, ceil(p * 2**32). 16 bits are computed in float32.
     """
     real = "double" if dtype.char == "d" else "float"
     return Draw("dropout", dtype, 2, _dropout, f"""

@@ -19,6 +19,7 @@ import numpy as np
 
 from gpuad.array import philox
 from gpuad.array.device import Device
+from gpuad.array.dtypes import FLOATING
 from gpuad.array.host_memory import memory
 from gpuad.errors import DeviceError, DtypeError, ShapeError
 
@@ -191,7 +192,7 @@ def uniform(
     *,
     out: Any = None,
 ) -> Any:
-    """Uniform numbers from [low, high): low + u (high - low), u in [0, 1) of 24, 53 or (float16) 11 bits.
+    """Uniform numbers from [low, high): low + u (high - low), u in [0, 1) of 24, 53, 11 (float16) or 8 bits (bfloat16).
 
     `high` itself can come out by rounding where |low| is large against high - low.
     """
@@ -236,9 +237,9 @@ def integers(
     low, high = int(low), int(high)
     if low >= high:
         raise ValueError(f"integers got low={low} and high={high}; low must be below high.")
-    limits = np.iinfo(np.int64 if dtype.kind == "f" else dtype) if dtype.kind in "iuf" else None
-    if limits is None:
+    if dtype.kind not in "iu" and dtype.char not in FLOATING:
         raise DtypeError(f"integers got dtype {dtype}; give an integer or floating dtype.")
+    limits = np.iinfo(np.int64 if dtype.char in FLOATING else dtype)
     if low < limits.min or high - 1 > limits.max:
         raise ValueError(f"integers got [{low}, {high}), but {dtype} takes {limits.min} to {limits.max}.")
     arguments = (np.uint64(low & _MASK), np.uint64(high - low & _MASK))
@@ -329,7 +330,7 @@ def _sorted_order(xp: Any, keys: Any, mask: int) -> Any:
 def _floating(what: str, dtype: Any, out: Any) -> np.dtype:
     dtype = np.dtype(dtype if out is None else out.dtype)
     if dtype.char not in philox.UNIFORM_BITS:
-        raise DtypeError(f"{what} got dtype {dtype}; it takes float16, float32 or float64.")
+        raise DtypeError(f"{what} got dtype {dtype}; it takes float16, bfloat16, float32 or float64.")
     return dtype
 
 

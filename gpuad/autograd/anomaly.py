@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gpuad.array.device import of_array
+from gpuad.array.dtypes import FLOATING
 from gpuad.autograd.modes import state
 from gpuad.autograd.node import WRITTEN, Node, OutputNode, unwatch, watch
 from gpuad.autograd.variables import plain
@@ -56,7 +57,7 @@ def _note(node: Node) -> None:
 
 def _bad(array: Any) -> str:
     """What an array has that is no number: "NaN", "inf" or nothing. Waits for the device."""
-    if array.dtype.kind != "f":
+    if array.dtype.char not in FLOATING:
         return ""
 
     backend = of_array(array).backend

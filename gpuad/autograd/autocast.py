@@ -24,7 +24,7 @@ class _Region:
 
     __slots__ = ("lower", "cache")
 
-    def __init__(self, lower: dict[str, np.dtype], cache: dict[tuple[int, bool], tuple] | None) -> None:
+    def __init__(self, lower: dict[str, np.dtype], cache: dict[tuple, tuple] | None) -> None:
         self.lower, self.cache = lower, cache
 
     def cast(self, x: Any, category: str) -> Any:
@@ -41,7 +41,7 @@ class _Region:
         if self.cache is None or not (x._requires_grad and x._node is None) or wanted is dtypes.float32:
             return x.to(wanted)
         # One cast a weight and region, made anew where the weight was written to or replaced since.
-        key = (id(x), state.enabled)
+        key = (id(x), state.enabled, wanted)
         found = self.cache.get(key)
         if found is None or found[0] is not x or found[1] is not x._data or found[2] != x._cell[0]:
             found = self.cache[key] = (x, x._data, x._cell[0], x.to(wanted))
@@ -86,8 +86,9 @@ class autocast:  # noqa: N801  (PyTorch's name)
             loss = loss_function(model(x), y)
         scaler.scale(loss).backward()  # outside, with a gpuad.amp.GradScaler
 
-    device_type: "cuda" or "cpu"; only tensors of that kind of device are cast. dtype: float16. enabled=False switches
-    it off inside. cache_enabled: whether a weight used several times in the outermost region is cast once.
+    device_type: "cuda" or "cpu"; only tensors of that kind of device are cast. dtype: float16 unless given, or
+    bfloat16, whose range needs no GradScaler. enabled=False switches it off inside. cache_enabled: whether a weight
+    used several times in the outermost region is cast once.
 
     In `dtype`: matmul, mm, bmm, mv, dot, addmm, linear, bilinear, prelu. In float32: exp, expm1, log and its kin, pow,
     reciprocal, rsqrt, softplus, tan, asin, acos, sinh, cosh, erfinv, sum, prod, cumsum, norm, var, std, softmax,
@@ -95,7 +96,7 @@ class autocast:  # noqa: N801  (PyTorch's name)
     float64 and integers are left alone, and so are operations in place. The same list holds for both kinds of device.
     A gradient has the dtype of its tensor; backward runs with autocast off.
 
-    Raises DtypeError for another dtype: bfloat16 is not a dtype of gpuad.
+    Raises DtypeError for another dtype.
     Source: PyTorch documentation, "Automatic Mixed Precision package", Autocast Op Reference; Micikevicius et al.,
     "Mixed Precision Training", arXiv:1710.03740.
     """
@@ -105,8 +106,8 @@ class autocast:  # noqa: N801  (PyTorch's name)
     ) -> None:
         self.device_type = _device_type(device_type)
         self.dtype = dtypes.float16 if dtype is None else dtypes.as_dtype(dtype)
-        if self.dtype != dtypes.float16:
-            raise DtypeError(f"autocast takes dtype=gpuad.float16, got {self.dtype}; leave it out, or give float16.")
+        if self.dtype.char not in dtypes.HALF:
+            raise DtypeError(f"autocast takes dtype=gpuad.float16 or gpuad.bfloat16, got {self.dtype}.")
         self.enabled = bool(enabled)
         self.cache_enabled = True if cache_enabled is None else bool(cache_enabled)
         self._before: list[_Region | None] = []

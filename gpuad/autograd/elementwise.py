@@ -10,6 +10,7 @@ import numpy as np
 
 from gpuad.array import dtypes
 from gpuad.array.device import Device, default_device, of_array
+from gpuad.array.dtypes import FLOATING
 from gpuad.autograd import batching
 from gpuad.autograd.formula_gradients import Plan
 from gpuad.autograd.levels import batches_of
@@ -99,16 +100,16 @@ class Elementwise(Op):
             if isinstance(x, Tensor):
                 data = x._data
                 if self.arity == 1:
-                    if data.dtype.kind == "f":
+                    if data.dtype.char in FLOATING:
                         return self._unary(x, data)
                 else:
                     y = inputs[1]
                     if type(y) is float or type(y) is int:
-                        if data.dtype.kind == "f":
+                        if data.dtype.char in FLOATING:
                             return self._unary(x, data, y)
                     elif isinstance(y, Tensor) and y._device is x._device:
                         other = y._data
-                        if other.dtype is data.dtype and data.dtype.kind == "f" and other.shape == data.shape:
+                        if other.dtype is data.dtype and data.dtype.char in FLOATING and other.shape == data.shape:
                             return self._binary(x, y, data, other)
         if named or len(inputs) != self.arity:
             # PyTorch's activations take `inplace` as their last parameter.
@@ -320,7 +321,7 @@ class Elementwise(Op):
     def _fill(self, node: Node, gradients: Sequence[Any], backend: Any) -> tuple[Any, ...]:
         """Zeros for outputs that got no gradient."""
         return tuple(
-            backend.full(shape, 0, dtype if dtype.kind == "f" else np.dtype(np.float32)) if g is None else g
+            backend.full(shape, 0, dtype if dtype.char in FLOATING else np.dtype(np.float32)) if g is None else g
             for g, (shape, dtype) in zip(gradients, node.info[2], strict=True)
         )
 

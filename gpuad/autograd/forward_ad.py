@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from typing import NamedTuple
 
+from gpuad.array.dtypes import FLOATING
 from gpuad.autograd import levels
 from gpuad.errors import AutogradError, DtypeError
 from gpuad.tensor import Tensor
@@ -78,7 +79,7 @@ def make_dual(tensor: Tensor, tangent: Tensor, *, level: int | None = None) -> T
     for x in (tensor, tangent):
         if not isinstance(x, Tensor):
             raise TypeError(f"make_dual() takes Tensors, got a {type(x).__name__}; wrap it in gpuad.tensor(…).")
-    if tensor.dtype != tangent.dtype or tensor.dtype.kind != "f":
+    if tensor.dtype != tangent.dtype or tensor.dtype.char not in FLOATING:
         raise DtypeError(
             f"A tangent has the floating dtype of its primal; got {tensor.dtype} with a tangent of {tangent.dtype}."
         )

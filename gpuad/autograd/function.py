@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from gpuad.array.dtypes import FLOATING
 from gpuad.autograd.modes import no_grad, state
 from gpuad.autograd.node import Node, OutputNode
 from gpuad.autograd.op import Interpreters
@@ -152,7 +153,7 @@ class Function:
         for i, (out, r) in enumerate(zip(outs, raw, strict=True)):
             if (
                 isinstance(out, Tensor)
-                and out._data.dtype.kind == "f"
+                and out._data.dtype.char in FLOATING
                 and not any(r is m for m in ctx._non_differentiable)
             ):
                 out._node = OutputNode(node, i) if len(outs) > 1 else node

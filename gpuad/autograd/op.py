@@ -14,6 +14,7 @@ import numpy as np
 
 from gpuad.array import dtypes
 from gpuad.array.device import Device, default_device, of_array
+from gpuad.array.dtypes import FLOATING
 from gpuad.autograd.node import Node
 from gpuad.errors import AutogradError, DeviceError, DtypeError, ShapeError
 from gpuad.kernels.expr import Expr
@@ -200,7 +201,7 @@ def promoted_dtype(inputs: Sequence[Any], needs_float: bool) -> np.dtype:
     for x in inputs:  # nearly always one floating dtype, and numbers, which go with any
         if not isinstance(x, NUMBERS):
             dtype = x._data.dtype if isinstance(x, Tensor) else x.dtype
-            if dtype.kind != "f" or (found is not None and dtype != found):
+            if dtype.char not in FLOATING or (found is not None and dtype != found):
                 break
             found = dtype
     else:
@@ -216,7 +217,7 @@ def promoted_dtype(inputs: Sequence[Any], needs_float: bool) -> np.dtype:
             array = x._data if isinstance(x, Tensor) else x
             (dimensioned if array.ndim else zero_d).append(array.dtype)
     dtype = dtypes.result_type(dimensioned, zero_d, scalars)
-    return dtypes.get_default_dtype() if needs_float and dtype.kind != "f" else dtype
+    return dtypes.get_default_dtype() if needs_float and dtype.char not in FLOATING else dtype
 
 
 def check_in_place(name: str, target: Tensor, dtype: np.dtype, shape: tuple[int, ...], recording: bool) -> None:

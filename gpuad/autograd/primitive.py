@@ -23,6 +23,7 @@ from weakref import ref
 import numpy as np
 
 from gpuad.array.device import of_array
+from gpuad.array.dtypes import FLOATING
 from gpuad.autograd.batching import Batch, Rule, without_rule
 from gpuad.autograd.modes import state
 from gpuad.autograd.node import WRITTEN, Node
@@ -208,7 +209,7 @@ class Primitive(Op):
                             prune(cell)
             else:
                 out._cell, out._view = [0], None
-        if wanted and state.enabled and self.rules and out._data.dtype.kind == "f":
+        if wanted and state.enabled and self.rules and out._data.dtype.char in FLOATING:
             self._record(inputs, arrays, out, wanted, params)
         return outs
 
@@ -296,7 +297,7 @@ class Primitive(Op):
                     values["t"] = t
                     term = rule.function(*[values[n] for n in rule.names])
                     total = term if total is None else total + term
-        elif first._data.dtype.kind == "f" and self.rules:
+        elif first._data.dtype.char in FLOATING and self.rules:
             raise NotImplementedError(f"{self.name} has no forward-mode rule; its jvp is not declared.")
         return (out, [total, *[None] * (self.outputs - 1)]) if self.outputs > 1 else (out, total)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gpuad.array.dtypes import FLOATING
 from gpuad.autograd.batching import Batch
 from gpuad.autograd.elementwise import Elementwise
 from gpuad.autograd.modes import state
@@ -82,7 +83,7 @@ class Reduced(Elementwise):
         term = self.term
         layout: Any = None
         kept: Sequence[Any] = ()
-        if not alike or dtype.kind != "f":
+        if not alike or dtype.char not in FLOATING:
             inputs = tuple([as_operand(self.name, x) for x in inputs])
             device = check_devices(self.name, inputs, self.names)
             arrays = [x._data if isinstance(x, Tensor) else x for x in inputs]

@@ -12,6 +12,7 @@ from weakref import ref
 
 import numpy as np
 
+from gpuad.array.dtypes import FLOATING
 from gpuad.autograd.op import table
 from gpuad.tensor import Tensor, wrap
 
@@ -89,7 +90,7 @@ def _refresh(base: Tensor) -> None:
     fresh = {id(base)}
     for reference in cell[1:]:
         view = reference()
-        if view is None or view._cell is not cell or view._data.dtype.kind != "f":
+        if view is None or view._cell is not cell or view._data.dtype.char not in FLOATING:
             continue
         op, source, params = view._view
         if id(source) not in fresh or (view._requires_grad and view._node is None):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gpuad.array.dtypes import FLOATING
 from gpuad.autograd.elementwise import Elementwise
 from gpuad.autograd.primitive import Primitive
 from gpuad.autograd.reduced import Reduced
@@ -138,7 +139,7 @@ def _add_programs(found: dict[str, str], title: str, formula: Formula, dtype: np
     else:
         program = runner.whole(frozenset(), frozenset(range(len(formula.inputs))))
     found[f"NumPy, {title}"] = program.source
-    if dtype.kind == "f":
+    if dtype.char in FLOATING:
         source = formula.runner("cuda").source(dtype)
         kernel = source.find('extern "C"')  # a row kernel comes with its library of reductions
         found[f"CUDA, {title}"] = source[max(kernel, 0) :].strip()

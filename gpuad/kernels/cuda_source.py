@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from gpuad.array import dtypes
 from gpuad.kernels.expr import Constant, Expr, topological
 
 C_TYPES = {
-    "float16": "float16", "float32": "float", "float64": "double", "int8": "signed char", "int16": "short",
-    "int32": "int", "int64": "long long", "uint8": "unsigned char", "bool": "bool",
+    "float16": "float16", "bfloat16": "bfloat16", "float32": "float", "float64": "double", "int8": "signed char",
+    "int16": "short", "int32": "int", "int64": "long long", "uint8": "unsigned char", "bool": "bool",
 }  # fmt: skip
+
+# In kernels that are not made by CuPy's ElementwiseKernel, and the headers that these need.
+RAW_TYPES = {**C_TYPES, "float16": "__half", "bfloat16": "__nv_bfloat16"}
+_HEADERS = {"float16": "#include <cuda_fp16.h>\n", "bfloat16": "#include <cuda_bf16.h>\n"}
 
 # What CUDA C has no operator for. Integers and floats differ in division and remainder; maxima let NaN through.
 PREAMBLE = r"""
@@ -66,12 +71,17 @@ def dtype_codes(arguments: Sequence[Any], array_type: Any) -> tuple[str | None, 
 
 def dtype_names(codes: Sequence[str | None]) -> tuple[str | None, ...]:
     """The names of the dtypes in what dtype_codes made."""
-    return tuple([None if c is None else np.dtype(c).name for c in codes])
+    return tuple([None if c is None else "bfloat16" if c == "E" else np.dtype(c).name for c in codes])
 
 
 def compute_dtype(dtype: np.dtype) -> np.dtype:
-    """The dtype of the arithmetic inside a kernel: float32 for float16, else the dtype itself."""
-    return np.dtype(np.float32) if dtype == np.float16 else dtype
+    """The dtype of the arithmetic inside a kernel: float32 for those of 16 bits, else the dtype itself."""
+    return dtypes.float32 if dtype.char in dtypes.HALF else dtype
+
+
+def headers(names: Iterable[str | None]) -> str:
+    """What a kernel that is not CuPy's must include for the dtypes of these names."""
+    return "".join(_HEADERS[name] for name in sorted({name for name in names if name in _HEADERS}))
 
 
 def literal(value: bool | int | float, c_type: str) -> str:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from gpuad.kernels import last_block
-from gpuad.kernels.cuda_source import C_TYPES, PREAMBLE, compute_dtype
-from gpuad.kernels.update_cuda import EACH, HALF, ROW_OF_BLOCK, TABLE_WORDS, THREADS, Table
+from gpuad.kernels.cuda_source import C_TYPES, PREAMBLE, RAW_TYPES, compute_dtype, headers
+from gpuad.kernels.update_cuda import EACH, ROW_OF_BLOCK, TABLE_WORDS, THREADS, Table
 
 _HEAD = r"""
 {preamble}
@@ -179,8 +179,8 @@ def _is_packed(x: Any) -> bool:
 
 def _fields(dtype: np.dtype, by_value: bool) -> dict[str, Any]:
     return {
-        "preamble": (HALF if dtype == np.float16 else "") + PREAMBLE, "words": TABLE_WORDS, "threads": THREADS,
-        "each": EACH, "chunk": THREADS * EACH, "row": ROW_OF_BLOCK, "stored": C_TYPES[dtype.name],
+        "preamble": headers([dtype.name]) + PREAMBLE, "words": TABLE_WORDS, "threads": THREADS,
+        "each": EACH, "chunk": THREADS * EACH, "row": ROW_OF_BLOCK, "stored": RAW_TYPES[dtype.name],
         "T": C_TYPES[compute_dtype(dtype).name], "member": ".word" if by_value else "",
         "table": "const Words" if by_value else "const unsigned long long*",
     }  # fmt: skip

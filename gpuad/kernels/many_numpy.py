@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gpuad.array.dtypes import HALF
+
 
 def norm(arrays: Sequence[np.ndarray], order: float) -> np.ndarray:
-    """(Σ |x|ᵖ)^(1/p) over all elements of arrays of one dtype, p = order; 0-d, float32 for float16."""
-    real = np.dtype(np.float32) if arrays[0].dtype == np.float16 else arrays[0].dtype
+    """(Σ |x|ᵖ)^(1/p) over all elements of arrays of one dtype, p = order; 0-d, float32 for 16 bits."""
+    real = np.dtype(np.float32) if arrays[0].dtype.char in HALF else arrays[0].dtype
     norms = [np.linalg.norm(array.astype(real, copy=False).reshape(-1), order) for array in arrays]
     return np.asarray(np.linalg.norm(np.array(norms, real), order), real)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gpuad.array.dtypes import HALF
 from gpuad.array.host_memory import memory
 from gpuad.array.numpy_backend import add_reduce, host_sum
 from gpuad.kernels.expr import Variable, topological
@@ -95,8 +96,8 @@ class NumpyProgram:
 
     def __call__(self, arguments: Sequence[Any], dtype: np.dtype, outs: Sequence[Any] | None = None) -> Any:
         """The outputs, a list; numbers computed in `dtype`. `outs` are buffers to write into; they may be inputs."""
-        if dtype == np.float16:
-            return self._in_float32(arguments, outs)
+        if dtype.char in HALF:
+            return self._in_float32(arguments, dtype, outs)
         if outs is None:
             key = tuple([a.shape if type(a) is np.ndarray else None for a in arguments])
             call = self._calls.get(key)
@@ -150,8 +151,7 @@ class NumpyProgram:
             return made
         return result
 
-    def _in_float32(self, arguments: Sequence[Any], outs: Sequence[Any] | None) -> list[np.ndarray]:
-        half = np.dtype(np.float16)
+    def _in_float32(self, arguments: Sequence[Any], half: np.dtype, outs: Sequence[Any] | None) -> list[np.ndarray]:
         wide = [a.astype(np.float32) if type(a) is np.ndarray and a.dtype == half else a for a in arguments]
         results = self(wide, np.dtype(np.float32))
         if outs is None:
@@ -195,9 +195,9 @@ class NumpyProgram:
         """scale · the sum over `axes` of the output (a list for several), without a full temporary when it is large."""
         if len(self.outputs) > 1:
             return [self._sum_of(i, arguments, dtype, axes, keepdims, scale) for i in range(len(self.outputs))]
-        if dtype == np.float16:
+        if dtype.char in HALF:
             arguments = [a.astype(np.float32) if type(a) is np.ndarray and a.dtype == dtype else a for a in arguments]
-            return self.reduce(arguments, np.dtype(np.float32), axes, keepdims, scale).astype(np.float16)
+            return self.reduce(arguments, np.dtype(np.float32), axes, keepdims, scale).astype(dtype)
         call = self._calls.get(tuple([a.shape if type(a) is np.ndarray else None for a in arguments]))
         if call is None or call[0] is None:
             scalars, shape, size, _ = _survey(arguments)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpuad.array.device import of_array
-from gpuad.kernels import derive, last_block
+from gpuad.kernels import cuda_source, derive, last_block
 from gpuad.kernels.cuda_source import C_TYPES, PREAMBLE, compute_dtype, dtype_codes, dtype_names, literal
 from gpuad.kernels.expr import Constant, Expr, Variable, topological
 from gpuad.kernels.scalar import column, row_at, row_length, row_logsumexp, row_max, row_sum, where
@@ -149,7 +149,7 @@ class RowKernel:
             of_kind = {"number": dtype.name, "label": "int64", "mask": "bool"}
             key = tuple(of_kind[v.kind] for v in formula.inputs)
         T = C_TYPES[compute_dtype(dtype).name]
-        c_types = {**C_TYPES, "float16": "__half"}
+        c_types = cuda_source.RAW_TYPES
         parameters, loads_scalar, loads_row = [], [], []
         names: dict[Expr, str] = {}
         loads_element: dict[Variable, str] = {}
@@ -184,7 +184,7 @@ class RowKernel:
             after = _TOTALS.format(T=T, rows=ROWS, stored=stored)
         fault = ["const unsigned long long u_fault", "const int u_code"] if self.checks else []
         pieces = [
-            "#include <cuda_fp16.h>\n" if "float16" in (*key, dtype.name) else "",
+            cuda_source.headers((*key, dtype.name)),
             PREAMBLE,
             _fault_source() if self.checks else "",
             _WARP if warp else _BLOCK,

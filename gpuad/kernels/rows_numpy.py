@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gpuad.array.dtypes import HALF
 from gpuad.array.host_memory import memory
 from gpuad.kernels import derive
 from gpuad.kernels.expr import Expr, ScalarFunction, Variable, apply, substitute, topological
@@ -183,7 +184,7 @@ class RowProgram:
 
     def __call__(self, arguments: Sequence[Any], dtype: np.dtype, outs: Sequence[Any] | None = None) -> list[Any]:
         """The outputs, a list; numbers computed in `dtype` (float32 for float16)."""
-        if dtype == np.float16:
+        if dtype.char in HALF:
             wide = [a.astype(np.float32) if type(a) is np.ndarray and a.dtype == dtype else a for a in arguments]
             results = self(wide, np.dtype(np.float32))
             return [r.astype(self.formula.out_dtype(i, dtype), copy=False) for i, r in enumerate(results)]

@@ -14,8 +14,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from gpuad.array.dtypes import FLOATING
 from gpuad.kernels import last_block
-from gpuad.kernels.cuda_source import C_TYPES, PREAMBLE, compute_dtype, dtype_codes, dtype_names, write_statements
+from gpuad.kernels.cuda_source import (
+    C_TYPES,
+    PREAMBLE,
+    RAW_TYPES,
+    compute_dtype,
+    dtype_codes,
+    dtype_names,
+    headers,
+    write_statements,
+)
 from gpuad.kernels.expr import Expr
 
 if TYPE_CHECKING:
@@ -26,7 +36,7 @@ THREADS = 256
 TERMS = 16
 
 _SOURCE = r"""
-{fp16}{preamble}{last_block}
+{headers}{preamble}{last_block}
 struct Layout {{ long long v[{words}]; }};
 #define OUT_LANE threadIdx.{out_lane}
 #define SUM_LANE threadIdx.{sum_lane}
@@ -176,7 +186,6 @@ class SumKernel:
         """
         formula = self.formula
         compute = C_TYPES[compute_dtype(dtype).name]
-        c_types = {**C_TYPES, "float16": "__half"}
         parameters, loads = [], []
         names: dict[Expr, str] = {}
         arrays = [i for i, given in enumerate(key) if given is not None]
@@ -186,11 +195,11 @@ class SumKernel:
             if given is None:
                 parameters.append(f"const {kind} u{i}, ")
             else:
-                parameters.append(f"const {c_types[given]}* p{i}, ")
+                parameters.append(f"const {RAW_TYPES[given]}* p{i}, ")
                 loads.append(f"const {kind} u{i} = ({kind})p{i}[e{i}];")
         body = [*loads, *write_statements(formula.outputs, names, compute)]
         if written:
-            stored = c_types[formula.out_dtype(0, dtype).name]
+            stored = RAW_TYPES[formula.out_dtype(0, dtype).name]
             parameters.append(f"{stored}* elements, ")
             body.append(f"elements[e{len(key)}] = ({stored}){names[formula.outputs[0]]};")
             arrays.append(len(key))
@@ -198,11 +207,11 @@ class SumKernel:
         stores = []
         for k, output in enumerate(formula.outputs):
             body.append(f"total[{k}] += ({total}){names[output]};")
-            stored = c_types[formula.out_dtype(k, dtype).name]
+            stored = RAW_TYPES[formula.out_dtype(k, dtype).name]
             parameters.append(f"{stored}* out{k}, ")
             stores.append(f"out{k}[o] = ({stored})(total[{k}] * scale);")
         return _SOURCE.format(
-            fp16="#include <cuda_fp16.h>\n" if "float16" in (*key, dtype.name) else "",
+            headers=headers((*key, dtype.name)),
             preamble=PREAMBLE,
             last_block=last_block.SOURCE,
             words=3 + (kept + summed) * (1 + len(arrays)),
@@ -226,7 +235,7 @@ def _sum_dtype(compute: np.dtype) -> np.dtype:
 
 
 def _scale_dtype(compute: np.dtype) -> np.dtype:
-    return compute if compute.kind == "f" else np.dtype(np.int64)
+    return compute if compute.char in FLOATING else np.dtype(np.int64)
 
 
 def _offsets(index: str, name: str, arrays: list[int], axes: int, word: int, start: list[str | None]) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpuad.kernels.cuda_source import C_TYPES, PREAMBLE, compute_dtype, write_statements
+from gpuad.kernels.cuda_source import C_TYPES, PREAMBLE, RAW_TYPES, compute_dtype, headers, write_statements
 from gpuad.kernels.expr import Expr
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ EACH = 4  # elements of a thread, whose loads are under way together
 NUMBERS_BYTES = 1024
 TABLE_WORDS = (4096 - NUMBERS_BYTES - 64) // 8
 
-HALF = "#include <cupy/carray.cuh>\n#include <cupy/float16.cuh>\n"
 # The row of a block is the last whose first block is not behind it.
 ROW_OF_BLOCK = r"""int row = 0;
   for (int end = rows; end - row > 1;) {
@@ -150,7 +149,7 @@ class CudaUpdate:
         """The CUDA C++ of the kernel; by_value, on_device: where the table and the numbers are."""
         formula, count = self.update.formula, self.update.arrays
         compute = C_TYPES[compute_dtype(self.dtype).name]
-        stored = C_TYPES[self.dtype.name]
+        stored = RAW_TYPES[self.dtype.name]
         names: dict[Expr, str] = {v: f"u{i}" for i, v in enumerate(formula.inputs[:count])}
         names.update({v: f"n{k}" for k, v in enumerate(formula.inputs[count:])})
         setup = [f"{stored}* a{i} = ({stored}*)ROW(row, {2 + i}); {stored} r{i}[{EACH}];" for i in range(count)]
@@ -161,7 +160,7 @@ class CudaUpdate:
         for i, output in enumerate(formula.outputs):
             body.append(f"a{i + 1 if i else 0}[i] = ({stored}){names[output]};")
         return _SOURCE.format(
-            preamble=(HALF if self.dtype == np.float16 else "") + PREAMBLE,
+            preamble=headers([self.dtype.name]) + PREAMBLE,
             words=TABLE_WORDS,
             compute=compute,
             room=NUMBERS_BYTES // compute_dtype(self.dtype).itemsize,

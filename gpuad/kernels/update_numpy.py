@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gpuad.array.dtypes import HALF
 from gpuad.kernels.expr import Expr
 from gpuad.kernels.numpy_writer import SCRATCH, Writer, lower
 from gpuad.kernels.scalar import maximum, minimum, where
@@ -40,7 +41,7 @@ class NumpyUpdate:
     def prepare(self, arrays: Sequence[Any]) -> Any:
         """What `run` wants to know of a parameter's arrays: the scratch they need, None where they go in blocks."""
         p = arrays[0]
-        if p.size > BLOCK or p.dtype == np.float16:
+        if p.size > BLOCK or p.dtype.char in HALF:
             return None
         found = self._scratch.get(p.shape)
         if found is None:
@@ -60,12 +61,12 @@ class NumpyUpdate:
                 large.clear()
 
     def _run_large(self, parameters: list[tuple[np.ndarray, ...]], numbers: tuple[float, ...]) -> None:
-        """Update parameters in blocks; those of float16, or whose arrays differ in layout, by the formula's program."""
+        """Update parameters in blocks; those of 16 bits, or whose arrays differ in layout, by the formula's program."""
         flat = []
         for arrays in parameters:
-            if arrays[0].dtype != np.float16 and all([a.flags.c_contiguous for a in arrays]):
+            if arrays[0].dtype.char not in HALF and all([a.flags.c_contiguous for a in arrays]):
                 flat.append([a.reshape(-1) for a in arrays])
-            elif arrays[0].dtype != np.float16 and all([a.flags.f_contiguous for a in arrays]):
+            elif arrays[0].dtype.char not in HALF and all([a.flags.f_contiguous for a in arrays]):
                 flat.append([a.T.reshape(-1) for a in arrays])
             else:
                 program = self.update.formula.runner("numpy")

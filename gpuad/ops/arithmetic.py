@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gpuad.array.dtypes import FLOATING
 from gpuad.autograd.elementwise import Elementwise, elementwise
 from gpuad.autograd.op import Op, function
 from gpuad.kernels import scalar as f
@@ -101,7 +102,7 @@ _EXPONENTS: dict[float, Op] = {
 def pow(input: Any, exponent: Any) -> Any:
     """input to the power of exponent, elementwise; both may be Tensors or numbers (not both numbers)."""
     if isinstance(exponent, (int, float)) and not isinstance(exponent, bool):
-        integer = isinstance(input, Tensor) and input._data.dtype.kind != "f"
+        integer = isinstance(input, Tensor) and input._data.dtype.char not in FLOATING
         special = _EXPONENTS.get(exponent)
         if special is not None and not (integer and (exponent < 0 or isinstance(exponent, float))):
             return special(input)

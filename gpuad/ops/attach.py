@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from gpuad.array.dtypes import FLOATING
 from gpuad.autograd.elementwise import Elementwise
 from gpuad.autograd.op import NUMBERS, functions, methods, table
 from gpuad.kernels.expr import Expr
@@ -84,7 +85,7 @@ def _invert(self: Tensor) -> Tensor:
     """The logical complement of bools, the bitwise one of integers."""
     if self._data.dtype.kind == "b":
         return table["logical_not"](self)
-    if self._data.dtype.kind == "f":
+    if self._data.dtype.char in FLOATING:
         raise TypeError(f"~ takes bool or integer tensors, got {self.dtype}.")
     return -self - 1
 

@@ -117,7 +117,7 @@ def type_as(input: Tensor, other: Tensor) -> Tensor:
     return to(input, other.dtype)
 
 
-def _caster(name: str, dtype: np.dtype) -> Any:
+def _caster(name: str, dtype: Any) -> Any:
     def method(input: Tensor) -> Tensor:
         return to(input, dtype)
 
@@ -130,6 +130,7 @@ for _name in ("half", "double", "short", "long"):
 Tensor.float, Tensor.int, Tensor.bool = (  # type: ignore[attr-defined]
     _caster("float", dtypes.float32), _caster("int", dtypes.int32), _caster("bool", dtypes.bool_),
 )  # fmt: skip
+Tensor.bfloat16 = _caster("bfloat16", "bfloat16")  # type: ignore[attr-defined]
 
 
 # To the host ----------------------------------------------------------------------------------------------------------
@@ -289,11 +290,12 @@ def to_index(self: Tensor) -> int:
 def representation(self: Tensor) -> str:
     """tensor(values, device=…, dtype=…, grad_fn=…) as PyTorch prints it."""
     host = self._device.backend.to_host(self._data)
-    body = np.array2string(host, separator=", ", precision=4, threshold=1000, edgeitems=3, prefix="tensor(")
+    shown = host.astype(np.float32) if host.dtype.char == "E" else host  # whose digits NumPy does not count
+    body = np.array2string(shown, separator=", ", precision=4, threshold=1000, edgeitems=3, prefix="tensor(")
     extra = [body]
     if self._device.type != "cpu":
         extra.append(f"device='{self._device}'")
-    default = {"f": dtypes.get_default_dtype(), "i": dtypes.int64, "b": dtypes.bool_}.get(host.dtype.kind)
+    default = (dtypes.bool_, dtypes.int64, dtypes.get_default_dtype())[dtypes.category(host.dtype)]
     if host.dtype != default or not host.size:
         extra.append(f"dtype=gpuad.{host.dtype}")
     if self._node is not None:

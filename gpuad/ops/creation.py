@@ -10,6 +10,7 @@ import numpy as np
 
 from gpuad.array import dtypes, random
 from gpuad.array.device import as_device, of_array
+from gpuad.array.dtypes import FLOATING
 from gpuad.array.host_memory import memory
 from gpuad.array.random import Generator
 from gpuad.autograd.levels import batches_of, make_batched, open_batches
@@ -59,10 +60,10 @@ def _host_array(values: Any, dtype: np.dtype | None) -> np.ndarray:
         raise ShapeError(
             f"The nested values are ragged: lists of one level must have equal lengths ({error})."
         ) from error
-    if array.dtype.kind not in "biuf":
+    if array.dtype.kind not in "biu" and array.dtype.char not in FLOATING:
         raise DtypeError(f"gpuad.tensor takes numbers and bools; these values make a {array.dtype} array.")
     if dtype is None and not isinstance(values, np.generic):
-        if array.dtype.kind == "f" or array.size == 0:
+        if array.dtype.char in FLOATING or array.size == 0:
             dtype = dtypes.get_default_dtype()
         elif array.dtype.kind in "iu":
             dtype = dtypes.int64

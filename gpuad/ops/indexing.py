@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from gpuad.array.dtypes import FLOATING, HALF, float32
 from gpuad.autograd.batching import shift
 from gpuad.autograd.levels import as_index, whole
 from gpuad.autograd.modes import state
@@ -28,15 +29,15 @@ def _array_key(key: Any, input: Tensor) -> tuple[tuple, bool]:
         if isinstance(part, Tensor):
             if part._device is not input._device and (part._data.ndim or part._device.type != "cpu"):
                 check_devices("indexing", (input, part), ("input", "index"))
-            if part._data.dtype.kind == "f":
+            if part._data.dtype.char in FLOATING:
                 raise DtypeError(f"An index must be integers or bools, got a {part.dtype} tensor; convert: i.long().")
             part = as_index(part)
             basic = False
         elif isinstance(part, (list, np.ndarray, range)):
             part = np.asarray(part)
-            if part.dtype.kind == "f" and part.size:
+            if part.dtype.char in FLOATING and part.size:
                 raise DtypeError(f"An index must be integers or bools, got {part.dtype} values.")
-            if not part.size and part.dtype.kind == "f":
+            if not part.size and part.dtype.char in FLOATING:
                 part = part.astype(np.int64)
             part = input._device.backend.asarray(part)
             basic = False
@@ -353,6 +354,7 @@ def nonzero(input: Any, as_tuple: bool = False) -> Any:
 
 def _argsort(backend: Any, input: Any, *, dim: int, descending: bool) -> Any:
     xp = backend.xp
+    input = backend.cast(input, float32) if input.dtype.char in HALF else input  # CuPy does not sort bfloat16
     if descending:
         order = xp.argsort(xp.flip(input, dim), axis=dim, kind="stable")
         found = xp.flip(xp.subtract(input.shape[dim] - 1, order), dim)

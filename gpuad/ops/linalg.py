@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from gpuad.array.device import of_array
+from gpuad.array.dtypes import FLOATING
 from gpuad.autograd.batching import Batch
 from gpuad.autograd.op import describe, function
 from gpuad.autograd.primitive import multilinear, primitive
@@ -45,7 +46,7 @@ def _gemm(backend: Any, a: Any, b: Any) -> Any:
                 f"  a  {describe(a)}\n  b  {describe(b)}\n"
                 "All dimensions before the last two must be equal or 1."
             ) from error
-    if a.dtype.kind != "f":
+    if a.dtype.char not in FLOATING:
         return backend.xp.matmul(a, b)
     return backend.gemm(a, b)
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gpuad.array.device import of_array
+from gpuad.array.dtypes import FLOATING
 from gpuad.autograd.batching import Batch
 from gpuad.autograd.elementwise import Elementwise
 from gpuad.autograd.modes import state
@@ -312,7 +313,7 @@ def linear_activation(input: Any, weight: Any, bias: Any, activation: str) -> Te
     for t in (weight,) if bias is None else (weight, bias):
         if t._device is not input._device or t._data.dtype != x.dtype:
             return None
-    fits = x.size and x.dtype.kind == "f" and w.ndim == 2 and x.shape[-1] == w.shape[1]
+    fits = x.size and x.dtype.char in FLOATING and w.ndim == 2 and x.shape[-1] == w.shape[1]
     if not fits or (bias is not None and bias._data.shape != w.shape[:1]):
         return None  # linear() says what is wrong
     return _FUSED[activation](input if x.ndim == 2 else contiguous(input), weight, bias)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gpuad.array.dtypes import FLOATING
 from gpuad.autograd.elementwise import Elementwise, elementwise
 from gpuad.autograd.levels import whole
 from gpuad.autograd.op import as_operand, check_devices, describe, function
@@ -261,7 +262,7 @@ def cross_entropy(
     """
     if not isinstance(input, Tensor) or not isinstance(target, Tensor):
         raise TypeError(f"cross_entropy takes Tensors, got {type(input).__name__} and {type(target).__name__}.")
-    if target._data.dtype.kind == "f":
+    if target._data.dtype.char in FLOATING:
         return _soft_cross_entropy(input, target, weight, reduction, label_smoothing)
     _check_labels("cross_entropy", input, target, weight)
     if not 0.0 <= label_smoothing <= 1.0:

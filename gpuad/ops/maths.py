@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from gpuad.array import dtypes
 from gpuad.autograd.elementwise import elementwise
 from gpuad.autograd.op import function
 from gpuad.kernels import scalar as f
@@ -110,7 +111,5 @@ def round(input: Any, *, decimals: int = 0) -> Any:
 @function(name="nan_to_num")
 def nan_to_num(input: Any, nan: float = 0.0, posinf: float | None = None, neginf: float | None = None) -> Any:
     """NaN replaced by `nan`, infinities by posinf and neginf (the largest finite numbers unless given)."""
-    import numpy as np
-
-    limit = float(np.finfo(input.dtype).max)
+    limit = float(dtypes.finfo(input.dtype).max)
     return nan_to_num_(input, nan, limit if posinf is None else posinf, -limit if neginf is None else neginf)

@@ -10,6 +10,7 @@ import numpy as np
 
 from gpuad.array import dtypes
 from gpuad.array.device import of_array
+from gpuad.array.dtypes import FLOATING
 from gpuad.autograd.autocast import widened
 from gpuad.autograd.batching import shift
 from gpuad.autograd.elementwise import elementwise
@@ -18,7 +19,7 @@ from gpuad.autograd.op import function
 from gpuad.autograd.primitive import Primitive, linear, primitive
 from gpuad.errors import DtypeError, ShapeError
 from gpuad.kernels import scalar as f
-from gpuad.ops.arithmetic import eq, maximum, minimum
+from gpuad.ops.arithmetic import eq, maximum, minimum, mul
 from gpuad.ops.samples import S, reductions
 from gpuad.tensor import Tensor
 
@@ -78,7 +79,7 @@ sum_ = primitive(
 mean_ = primitive(
     "mean",
     lambda backend, input, *, axes, keepdims, scale: backend.sum(input, axes, keepdims, None, scale),
-    vjp={"input": lambda g, input_shape, axes, keepdims, scale: _expand(g * scale, input_shape, axes, keepdims)},
+    vjp={"input": lambda g, input_shape, axes, keepdims, scale: _expand(mul(g, scale), input_shape, axes, keepdims)},
     jvp=linear,
     samples=reductions(scale=0.25),
     doc="The mean over axes.",
@@ -89,7 +90,7 @@ mean_ = primitive(
 def _cast(input: Tensor, dtype: Any, to_float: bool = False) -> Tensor:
     if dtype is not None:
         return input.to(dtypes.as_dtype(dtype))
-    if to_float and input._data.dtype.kind != "f":
+    if to_float and input._data.dtype.char not in FLOATING:
         raise DtypeError(f"This reduction takes a floating tensor, got {input.dtype}; convert it first: x.float().")
     return input
 
@@ -100,7 +101,7 @@ def sum(
 ) -> Any:
     """The sum over `dim` (all dimensions unless given); integers and bools are summed in int64."""
     dim, keepdim = _named(dim, keepdim, axis, keepdims)
-    if isinstance(input, Tensor) and (dtype is not None or input._data.dtype.kind != "f"):
+    if isinstance(input, Tensor) and (dtype is not None or input._data.dtype.char not in FLOATING):
         input = input.to(dtypes.int64 if dtype is None else dtypes.as_dtype(dtype))
     return sum_(input, axes=axes_of("sum", dim, input.ndim), keepdims=keepdim)
 
@@ -306,7 +307,7 @@ def prod(
 ) -> Any:
     """The product over `dim`, or of all elements; the derivative is right where elements are zero."""
     dim, keepdim = _named(dim, keepdim, axis, keepdims)
-    if dtype is not None or input._data.dtype.kind != "f":
+    if dtype is not None or input._data.dtype.char not in FLOATING:
         input = input.to(dtypes.int64 if dtype is None else dtypes.as_dtype(dtype))
     if dim is None or not input.ndim:
         flat = input.reshape((-1,))
@@ -390,10 +391,13 @@ def logsumexp(input: Any, dim: Any, keepdim: bool = False) -> Any:
 
 
 def _cumsum(backend: Any, input: Any, *, dim: int, reverse: bool) -> Any:
-    xp = backend.xp
+    xp, dtype = backend.xp, input.dtype
+    wide = backend.cast(input, dtypes.float32) if dtype.char in dtypes.HALF else input
     if not reverse:
-        return xp.cumsum(input, axis=dim, dtype=input.dtype)
-    return xp.flip(xp.cumsum(xp.flip(input, dim), axis=dim, dtype=input.dtype), dim)
+        found = xp.cumsum(wide, axis=dim, dtype=wide.dtype)
+    else:
+        found = xp.flip(xp.cumsum(xp.flip(wide, dim), axis=dim, dtype=wide.dtype), dim)
+    return backend.cast(found, dtype)
 
 
 cumsum_: Primitive = primitive(
@@ -407,7 +411,7 @@ cumsum_: Primitive = primitive(
 @function
 def cumsum(input: Any, dim: Any, *, dtype: Any = None) -> Any:
     """Sums of the elements up to each along `dim`; integers in int64."""
-    if dtype is not None or input._data.dtype.kind != "f":
+    if dtype is not None or input._data.dtype.char not in FLOATING:
         input = input.to(dtypes.int64 if dtype is None else dtypes.as_dtype(dtype))
     return input if not input.ndim else cumsum_(input, dim=axis_of("cumsum", dim, input.ndim), reverse=False)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gpuad.array import dtypes
+from gpuad.array.dtypes import FLOATING
 from gpuad.autograd.elementwise import Elementwise
 from gpuad.autograd.op import function
 from gpuad.errors import ShapeError
@@ -161,7 +162,7 @@ def over_rows(op: Any, input: Any, dim: int) -> Any:
 def _floating(input: Any, dtype: Any) -> Any:
     if dtype is not None:
         return input.to(dtypes.as_dtype(dtype))
-    return input if input.dtype.kind == "f" else input.to(dtypes.get_default_dtype())
+    return input if input.dtype.char in FLOATING else input.to(dtypes.get_default_dtype())
 
 
 @function
@@ -244,10 +245,8 @@ def rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float |
     y = x / sqrt(mean(x²) + eps) · weight; eps is the dtype's epsilon unless given.
     Source: Zhang & Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
-    import numpy as np
-
     rows, size = _as_rows("rms_norm", input, normalized_shape, weight=weight)
-    eps = float(np.finfo(input.dtype).eps) if eps is None else eps
+    eps = float(dtypes.finfo(input.dtype).eps) if eps is None else eps
     y = rms_rows(rows, eps) if weight is None else rms_norm_rows(rows, weight.reshape(size), eps)
     return y.reshape(input.shape)
 

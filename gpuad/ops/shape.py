@@ -504,7 +504,7 @@ def roll(input: Any, shifts: Any, dims: Any = None) -> Any:
 def _triangle(name: str, other: str, doc: str) -> Any:
     made = primitive(
         name + "angle",
-        lambda backend, input, *, diagonal: getattr(backend.xp, name)(input, diagonal),
+        lambda backend, input, *, diagonal: backend.cast(getattr(backend.xp, name)(input, diagonal), input.dtype),
         vjp={"input": lambda g, diagonal: made(g, diagonal=diagonal)},
         jvp=linear,
         samples=[(S((3, 4)), {"diagonal": 0}), (S((2, 3, 3)), {"diagonal": -1}), (S((4, 3)), {"diagonal": 1})],

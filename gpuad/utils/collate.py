@@ -21,7 +21,7 @@ def default_collate(batch: Sequence[Any]) -> Any:
     if isinstance(first, gpuad.Tensor):
         return gpuad.stack(list(batch))
     if isinstance(first, (np.ndarray, np.generic)):
-        if first.dtype.kind not in "biuf":
+        if not _is_numeric(first.dtype):
             raise TypeError(f"default_collate can't make a tensor of NumPy arrays of dtype {first.dtype}")
         return gpuad.as_tensor(np.stack(batch))
     if isinstance(first, float):
@@ -43,9 +43,13 @@ def default_collate(batch: Sequence[Any]) -> Any:
     )
 
 
+def _is_numeric(dtype: np.dtype) -> bool:
+    return dtype.kind in "biuf" or dtype.name == "bfloat16"
+
+
 def default_convert(data: Any) -> Any:
     """One sample with its NumPy arrays as tensors; what DataLoader applies when it makes no batches."""
-    if isinstance(data, (np.ndarray, np.generic)) and data.dtype.kind in "biuf":
+    if isinstance(data, (np.ndarray, np.generic)) and _is_numeric(data.dtype):
         return gpuad.as_tensor(data)
     if isinstance(data, Mapping):
         return like(data, {key: default_convert(value) for key, value in data.items()})
