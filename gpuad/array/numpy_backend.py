@@ -60,7 +60,7 @@ class NumpyBackend(Backend):
         arguments = list(arguments)
         for i in formula.promoted:
             if type(arguments[i]) is np.ndarray and arguments[i].dtype != dtype:
-                arguments[i] = arguments[i].astype(dtype)
+                arguments[i] = _as_dtype(arguments[i], dtype)
         return arguments
 
     def cast(self, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -151,6 +151,14 @@ class NumpyBackend(Backend):
         else:
             result = np.dot(x, weight.T, out=_product_memory(x, weight.T))
         return result if bias is None else np.add(result, bias, out=result)
+
+
+def _as_dtype(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A copy in another dtype; what is broadcast stays so, and then has no say in the order of results."""
+    if array.flags.c_contiguous or 0 not in array.strides:
+        return array.astype(dtype)
+    once = array[tuple([slice(None) if step else slice(1) for step in array.strides])]
+    return np.broadcast_to(once.astype(dtype), array.shape)
 
 
 def _product_memory(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
