@@ -201,13 +201,13 @@ def _host_sum(array: np.ndarray, dtype: np.dtype, axes: tuple[int, ...], keepdim
     if dtype == np.float16:
         wide = np.asarray(add_reduce(array, axes, np.float32, None, keepdims))
         if out is None:
-            return wide.astype(np.float16)
+            return wide.astype(np.float16, "C")
         np.copyto(out, wide, casting="same_kind")
         return out
     if axes == (0,) and array.ndim == 2 and not keepdims and 0 < array.size <= _SUM_BY_PRODUCT and dtype.kind == "f":
         return np.dot(_ones(array.shape[0], dtype), array, out=out)
     result = add_reduce(array, axes, dtype, out, keepdims)
-    return result if type(result) is np.ndarray else np.asarray(result)
+    return result if type(result) is np.ndarray and result.ndim < 2 else np.asarray(result, order="C")
 
 
 _ones_by_dtype: dict[Any, np.ndarray] = {}

@@ -144,7 +144,7 @@ def _extreme(name: str) -> Any:
     return primitive(
         name,
         lambda backend, input, *, axes, keepdims: backend.xp.asarray(
-            getattr(backend.xp, name)(input, axis=axes, keepdims=keepdims)
+            getattr(backend.xp, name)(input, axis=axes, keepdims=keepdims), order="C"
         ),
         vjp={"input": rule},
         jvp={"input": jvp_rule},
@@ -199,7 +199,7 @@ class Extreme(tuple):
 def _index_of(name: str) -> Primitive:
     return primitive(
         name,
-        lambda backend, input, *, dim: backend.xp.asarray(getattr(backend.xp, name)(input, axis=dim), dtype=np.int64),
+        lambda backend, input, *, dim: backend.xp.asarray(getattr(backend.xp, name)(input, axis=dim), np.int64, "C"),
         samples=[(S((3, 4)), {"dim": 0}), (S((2, 3, 4)), {"dim": 1})],
         doc=f"Where the {'largest' if name == 'argmax' else 'smallest'} element along a dimension is.",
         batch=shift,
@@ -289,7 +289,7 @@ def _others(x: Any, axis: int) -> Any:
 prod_ = primitive(
     "prod",
     lambda backend, input, *, axes, keepdims: backend.xp.asarray(
-        backend.xp.prod(input, axis=axes[0], keepdims=keepdims, dtype=input.dtype)
+        backend.xp.prod(input, axis=axes[0], keepdims=keepdims, dtype=input.dtype), order="C"
     ),
     vjp={"input": _prod_rule},
     jvp={"input": lambda t, input, axes, keepdims: sum_(t * _others(input, axes[0]), axes=axes, keepdims=keepdims)},
@@ -390,10 +390,12 @@ def logsumexp(input: Any, dim: Any, keepdim: bool = False) -> Any:
 
 
 def _cumsum(backend: Any, input: Any, *, dim: int, reverse: bool) -> Any:
-    xp = backend.xp
-    if not reverse:
-        return xp.cumsum(input, axis=dim, dtype=input.dtype)
-    return xp.flip(xp.cumsum(xp.flip(input, dim), axis=dim, dtype=input.dtype), dim)
+    xp, out = backend.xp, backend.empty(input.shape, input.dtype)
+    if reverse:
+        xp.cumsum(xp.flip(input, dim), dim, input.dtype, xp.flip(out, dim))
+    else:
+        xp.cumsum(input, dim, input.dtype, out)
+    return out
 
 
 cumsum_: Primitive = primitive(
@@ -416,7 +418,7 @@ def _test_of(name: str, doc: str) -> Primitive:
     return primitive(
         name,
         lambda backend, input, *, axes, keepdims: backend.xp.asarray(
-            getattr(backend.xp, name)(input, axis=axes, keepdims=keepdims)
+            getattr(backend.xp, name)(input, axis=axes, keepdims=keepdims), order="C"
         ),
         samples=reductions(),
         doc=doc,
