@@ -10,6 +10,7 @@ import numpy as np
 from gpuad.array import indices
 from gpuad.array.backend import Backend, Formula
 from gpuad.array.host_memory import LARGE, memory
+from gpuad.array.order import keeping_order
 
 
 class NumpyBackend(Backend):
@@ -29,6 +30,8 @@ class NumpyBackend(Backend):
     def receive(self, array: Any) -> np.ndarray:
         from gpuad.array.device import of_array
 
+        if isinstance(array, np.ndarray):
+            return keeping_order(self.copy, array)
         return of_array(array).backend.to_host(array)
 
     def to_host(self, array: np.ndarray) -> np.ndarray:
