@@ -41,8 +41,8 @@ def composed(name: str, *samples: tuple) -> Composed:
 
 MATRIX, VECTOR, STACK = S((3, 4)), S((4,)), S((2, 3, 4))
 COMPOSED = [
-    composed("sum", (MATRIX,), (MATRIX, {"dim": 1}), (STACK, {"dim": (0, -1), "keepdim": True}), (S(()),),
-             (S((0, 3)), {"dim": 0})),
+    composed("sum", (MATRIX,), (MATRIX, {"dim": 1}), (STACK, {"dim": 1}), (STACK, {"dim": (0, -1), "keepdim": True}),
+             (S(()),), (S((0, 3)), {"dim": 0})),
     composed("mean", (MATRIX,), (MATRIX, {"axis": 0}), (STACK, {"dim": (0, 2), "keepdims": True}), (S(()),)),
     composed("var", (MATRIX,), (MATRIX, {"dim": 0}), (STACK, {"dim": (1, 2), "correction": 0, "keepdim": True})),
     composed("std", (MATRIX,), (MATRIX, {"dim": 1, "unbiased": False})),
@@ -143,12 +143,17 @@ def draw(spec: S, generator: np.random.Generator) -> np.ndarray:
 
 
 def place(values: np.ndarray, device: Device, dtype, layout: str = "plain") -> Tensor:
-    """The values as a tensor; "transposed" and "strided" are other layouts in memory of the same values."""
+    """The values as a tensor; the other layouts than "plain" are other places in memory of the same values.
+
+    "transposed": the dimensions in reverse; "permuted": the first one innermost; "strided": with gaps.
+    """
     values = np.asarray(values, dtype if values.dtype.kind == "f" else None)
     if layout == "plain" or not values.ndim:
         return gpuad.tensor(values, device=device)
-    if layout == "transposed":
-        return gpuad.tensor(values.T.copy(), device=device).permute(tuple(range(values.ndim))[::-1]).detach()
+    if layout in ("transposed", "permuted"):
+        order = tuple(range(values.ndim))
+        order = order[::-1] if layout == "transposed" else (*order[1:], 0)
+        return gpuad.tensor(values.transpose(order).copy(), device=device).permute(np.argsort(order)).detach()
     spread = np.full((*values.shape[:-1], 2 * values.shape[-1]), 7, values.dtype)
     spread[..., ::2] = values
     return gpuad.tensor(spread, device=device)[..., ::2].detach()
@@ -183,7 +188,8 @@ class Case:
                 drawn = drawn.astype(dtype).astype(np.float64)
                 self.values.append(drawn)
                 self.places.append(i)
-            self.entries.append(place(drawn, device, dtype, layout))
+            own = ("transposed", "plain")[i % 2] if layout == "mixed" else layout  # operands that disagree
+            self.entries.append(place(drawn, device, dtype, own))
         self.generator = generator
 
     def __call__(self, *moving: Tensor) -> tuple[Tensor, ...]:
@@ -219,6 +225,12 @@ def cases(op, device, dtype=np.float64, layout="plain"):
 
 def host(t: Tensor) -> np.ndarray:
     return np.asarray(t.detach().cpu().numpy(), np.float64 if t.is_floating_point() else None)
+
+
+def steps(x: Tensor | np.ndarray) -> tuple[int, ...]:
+    """The strides, in elements, of the dimensions that have several entries; of an empty array none."""
+    strides = x.stride() if isinstance(x, Tensor) else [s // x.itemsize for s in x.strides]
+    return tuple(s for n, s in zip(x.shape, strides, strict=True) if n > 1) if math.prod(x.shape) else ()
 
 
 def inner(us, vs) -> float:

@@ -1,4 +1,4 @@
-"""1,000 random programs give the same results and gradients on cpu and on cuda.
+"""1,000 random programs give the same results and gradients on cpu and on cuda, laid out alike.
 
 A program is a list of instructions on a growing list of tensors: operations, views, casts, in-place operations,
 assignments, moves between devices. Instructions come from a fixed set on few shapes, so that kernels are few.
@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
+from test_ops import steps
 
 import gpuad
 from gpuad import Tensor
@@ -152,7 +153,7 @@ programs = st.tuples(
 
 
 def same(a, b, single: bool) -> None:
-    assert (a.shape, a.dtype, a.requires_grad) == (b.shape, b.dtype, b.requires_grad)
+    assert (a.shape, a.dtype, a.requires_grad, steps(a)) == (b.shape, b.dtype, b.requires_grad, steps(b))
     x, y = (np.asarray(t.detach().cpu().numpy(), np.float64) for t in (a, b))
     tolerance = 2e-4 if single else 1e-9
     np.testing.assert_allclose(y, x, tolerance, tolerance * float(np.max(np.abs(x), initial=1.0)))

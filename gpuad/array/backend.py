@@ -2,7 +2,8 @@
 
 Everything that computes goes through these methods, so that no op, layer or optimiser asks which device it runs on, and
 so that a recorder can stand in the one door. Arrays are bare numpy.ndarray or cupy.ndarray; an array that comes back
-from `elementwise`, `reduce`, `rows` and `matmul` is fresh unless `out` was given.
+from `elementwise`, `reduce`, `rows` and `matmul` is fresh unless `out` was given. In which order it lies in memory, the
+same on every device, is told in gpuad/array/order.py.
 """
 
 from __future__ import annotations
@@ -82,11 +83,11 @@ class Backend:
         raise NotImplementedError
 
     def receive(self, array: Any) -> Any:
-        """A copy here of an array that lies on another device."""
+        """A copy here, in its order of memory, of an array that may lie on another device."""
         raise NotImplementedError
 
     def to_host(self, array: Any) -> np.ndarray:
-        """The array as a numpy.ndarray; waits for the device, which is counted (see gpuad.cuda)."""
+        """The array as a numpy.ndarray, in its order of memory; waits for the device, which gpuad.cuda counts."""
         raise NotImplementedError
 
     def offload(self, array: Any, pinned: bool) -> Any:

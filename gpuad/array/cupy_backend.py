@@ -18,6 +18,7 @@ from gpuad.array import cublas, cublaslt, deterministic, memory
 from gpuad.array.backend import Backend, Formula
 from gpuad.array.dtypes import FLOATING
 from gpuad.array.indices import index_error
+from gpuad.array.order import keeping_order
 from gpuad.array.synchronization import waits
 from gpuad.errors import DeviceError
 
@@ -158,10 +159,11 @@ class CupyBackend(Backend):
     @_here
     def receive(self, array: Any) -> Any:
         if not isinstance(array, cupy.ndarray):
-            return cupy.array(array)  # through pinned memory, in order on the current stream, without a wait
+            # Through pinned memory, in order on the current stream, without a wait.
+            return keeping_order(cupy.array, array)
         if array.data.device_id == self.index:
-            return array.copy("C")
-        return self._from_peer(array)
+            return keeping_order(self.copy, array)
+        return keeping_order(self._from_peer, array)
 
     def _from_peer(self, array: Any) -> Any:
         """A copy from another CUDA device, after the work on its current stream, and before later work there.
@@ -186,7 +188,7 @@ class CupyBackend(Backend):
     @_here
     def to_host(self, array: Any) -> np.ndarray:
         waits(f"Reading a {array.dtype} tensor of shape {array.shape} on the host", self.device)
-        host = array.get()
+        host = keeping_order(cupy.ndarray.get, array)
         self._fault.check()
         return host
 

@@ -12,6 +12,7 @@ from gpuad.array import indices
 from gpuad.array.backend import Backend, Formula
 from gpuad.array.dtypes import FLOATING, HALF
 from gpuad.array.host_memory import LARGE, aligned, memory
+from gpuad.array.order import keeping_order
 
 
 class NumpyBackend(Backend):
@@ -31,6 +32,8 @@ class NumpyBackend(Backend):
     def receive(self, array: Any) -> np.ndarray:
         from gpuad.array.device import of_array
 
+        if isinstance(array, np.ndarray):
+            return keeping_order(self.copy, array)
         return of_array(array).backend.to_host(array)
 
     def to_host(self, array: np.ndarray) -> np.ndarray:
@@ -72,7 +75,7 @@ class NumpyBackend(Backend):
         arguments = list(arguments)
         for i in formula.promoted:
             if type(arguments[i]) is np.ndarray and arguments[i].dtype != dtype:
-                arguments[i] = arguments[i].astype(dtype)
+                arguments[i] = _as_dtype(arguments[i], dtype)
         return arguments
 
     def cast(self, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -165,6 +168,14 @@ class NumpyBackend(Backend):
         return result if bias is None else np.add(result, bias, out=result)
 
 
+def _as_dtype(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A copy in another dtype; what is broadcast stays so, and then has no say in the order of results."""
+    if array.flags.c_contiguous or 0 not in array.strides:
+        return array.astype(dtype)
+    once = array[tuple([slice(None) if step else slice(1) for step in array.strides])]
+    return np.broadcast_to(once.astype(dtype), array.shape)
+
+
 def _product_memory(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
     """Where a product of two matrices goes: memory of the pool when it is large, else None."""
     if a.ndim == b.ndim == 2 and a.shape[0] * b.shape[1] * a.dtype.itemsize >= LARGE and a.dtype == b.dtype:
@@ -211,7 +222,7 @@ def _host_sum(array: np.ndarray, dtype: np.dtype, axes: tuple[int, ...], keepdim
     if small and axes == (0,) and array.ndim == 2 and not keepdims and dtype.char in "fd":
         return np.dot(_ones(array.shape[0], dtype), array, out=out)
     result = add_reduce(array, axes, dtype, out, keepdims)
-    return result if type(result) is np.ndarray else np.asarray(result)
+    return result if type(result) is np.ndarray and result.ndim < 2 else np.asarray(result, order="C")
 
 
 _ones_by_dtype: dict[Any, np.ndarray] = {}

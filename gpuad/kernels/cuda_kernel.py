@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gpuad.array.order import Order, memory_order
 from gpuad.kernels.cuda_source import C_TYPES, PREAMBLE, compute_dtype, dtype_codes, dtype_names, write_statements
 from gpuad.kernels.expr import Expr
 from gpuad.kernels.sum_cuda import SumKernel
@@ -71,12 +72,18 @@ class CudaKernel:
             name = "gpuad_" + self.formula.name
             kernel = cupy.ElementwiseKernel(ins, out, body, name, preamble=PREAMBLE)
             self._kernels[key, dtype] = kernel
-        if outs is None:
-            for a in arguments:
-                if isinstance(a, cupy.ndarray) and not a._c_contiguous:
-                    return _keeping_order(cupy, kernel, arguments, len(self.formula.outputs))
-        result = kernel(*arguments) if outs is None else kernel(*arguments, *outs)
-        return [result] if len(self.formula.outputs) == 1 else list(result)
+        order: Order | None = None
+        if outs is not None:
+            arguments = (*arguments, *outs)
+        elif any([isinstance(a, cupy.ndarray) and not a._c_contiguous for a in arguments]):
+            order = memory_order([a for a in arguments if isinstance(a, cupy.ndarray)])
+            if order.is_c:
+                order = None
+            else:  # CuPy's results are always in C order
+                arguments = [order.turn(a) if isinstance(a, cupy.ndarray) else a for a in arguments]
+        result = kernel(*arguments)
+        results = [result] if len(self.formula.outputs) == 1 else list(result)
+        return results if order is None else order.turn_back(results)
 
     def reduce(
         self,
@@ -92,31 +99,6 @@ class CudaKernel:
         if self._sum is None:
             self._sum = SumKernel(self.formula)
         return self._sum(arguments, dtype, axes, keepdims, scale, out, elements)
-
-
-def _keeping_order(cupy: Any, kernel: Any, arguments: Sequence[Any], outputs: int) -> list[Any]:
-    """The results in the order of memory of their operands, as NumPy's ufuncs have it; CuPy's are always in C order."""
-    arrays = [a for a in arguments if isinstance(a, cupy.ndarray)]
-    ndim = max(a.ndim for a in arrays)
-    full = [a for a in arrays if a.ndim == ndim]
-    axes = list(range(ndim))
-    # Stable: dimensions that no operand tells apart stay as they are.
-    for a in reversed(full):
-        lengths = [s if n > 1 else -1 for s, n in zip(a.strides, a.shape, strict=True)]
-        axes = _by_stride(axes, lengths)
-    back = sorted(range(ndim), key=axes.__getitem__)
-    turned = [
-        a.reshape((1,) * (ndim - a.ndim) + a.shape).transpose(axes) if isinstance(a, cupy.ndarray) and a.ndim else a
-        for a in arguments
-    ]
-    result = kernel(*turned)
-    return [r.transpose(back) for r in ([result] if outputs == 1 else result)]
-
-
-def _by_stride(axes: list[int], strides: Sequence[int]) -> list[int]:
-    """The axes by falling stride; those of stride −1 keep their places among the others."""
-    ordered = sorted((i for i in axes if strides[i] > 0), key=lambda i: -strides[i])
-    return [ordered.pop(0) if strides[i] > 0 else i for i in axes]
 
 
 # CuPy's names of the compute types, as it writes them in parameter declarations.

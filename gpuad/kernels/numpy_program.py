@@ -20,6 +20,7 @@ import numpy as np
 from gpuad.array.dtypes import HALF
 from gpuad.array.host_memory import memory
 from gpuad.array.numpy_backend import add_reduce, host_sum
+from gpuad.array.order import Order, memory_order
 from gpuad.kernels.expr import Variable, topological
 from gpuad.kernels.numpy_writer import SCRATCH, Writer, lower
 from gpuad.kernels.threads import parallel
@@ -53,7 +54,7 @@ class NumpyProgram:
         self.work = sum(1 for n in topological(self.outputs) if n.args)
         self.copies = [isinstance(o, Variable) for o in self.outputs]  # an input handed on is copied
         self._whole: dict[tuple, Callable] = {}
-        self._calls: dict[tuple, tuple[Callable | None, tuple, list[int]]] = {}
+        self._calls: dict[tuple, tuple[Callable | None, tuple, list[int], Order | None]] = {}
         self._singles: dict[int, NumpyProgram] = {}
         self._block: dict[tuple, tuple[Callable, list[str]]] = {}
 
@@ -98,12 +99,18 @@ class NumpyProgram:
         """The outputs, a list; numbers computed in `dtype`. `outs` are buffers to write into; they may be inputs."""
         if dtype.char in HALF:
             return self._in_float32(arguments, dtype, outs)
+        order: Order | None = None
         if outs is None:
-            key = tuple([a.shape if type(a) is np.ndarray else None for a in arguments])
+            key = tuple(
+                [(a.shape if a.flags.c_contiguous else (a.shape, a.strides)) if type(a) is np.ndarray else None
+                 for a in arguments]
+            )  # fmt: skip
             call = self._calls.get(key)
             if call is None:
                 call = self._prepare(arguments, key)
-            program, shape, zero_d = call
+            program, shape, zero_d, order = call
+            if order is not None:
+                arguments = [order.turn(a) if type(a) is np.ndarray else a for a in arguments]
             if program is not None:
                 if zero_d:
                     arguments = list(arguments)
@@ -112,25 +119,30 @@ class NumpyProgram:
                 results = program(*arguments, dtype)
                 if len(self.outputs) == 1:
                     if type(results) is np.ndarray and results.shape == shape and not self.copies[0]:
-                        return [results]
+                        return [results if order is None else results.transpose(order.back)]
                     results = (results,)
-                return [self._finish(r, i, arguments, shape, dtype) for i, r in enumerate(results)]
+                results = [self._finish(r, i, arguments, shape, dtype) for i, r in enumerate(results)]
+                return results if order is None else order.turn_back(results)
         scalars, shape, size, _ = _survey(arguments)
         if outs is None:
             outs = [memory.empty(shape, self.formula.out_dtype(i, dtype)) for i in range(len(self.outputs))]
         self._in_blocks(arguments, scalars, shape, size, dtype, list(outs))
-        return list(outs)
+        return list(outs) if order is None else order.turn_back(outs)
 
-    def _prepare(self, arguments: Sequence[Any], key: tuple) -> tuple[Callable | None, tuple, list[int]]:
-        """The program for arguments of these shapes (None for blocks), the result's shape, and which are 0-d.
+    def _prepare(self, arguments: Sequence[Any], key: tuple) -> tuple[Callable | None, tuple, list[int], Order | None]:
+        """How to call with arguments like these: a program (None for blocks), the result's shape, which are 0-d, order.
 
         A 0-d array beside larger ones is passed as a number, a result of shape () is computed in shape (1,): ufuncs
-        turn 0-d arrays into scalars, which take no `out=`.
+        turn 0-d arrays into scalars, which take no `out=`. order: of the result, where it is not C order; the other
+        three are for arguments that are turned by it.
         """
+        order = memory_order([a for a in arguments if type(a) is np.ndarray])
+        if not order.is_c:
+            arguments = [order.turn(a) if type(a) is np.ndarray else a for a in arguments]
         scalars, shape, size, uniform = _survey(arguments)
         program = None
         zero_d: list[int] = []
-        if size <= BLOCK:
+        if size <= BLOCK and order.agreed:  # what a program makes of operands that disagree has the order of some
             zero_d = [i for i, a in enumerate(arguments) if i not in scalars and a.shape == ()]
             if shape:
                 scalars = _frozen(tuple(sorted({*scalars, *zero_d})))
@@ -138,7 +150,7 @@ class NumpyProgram:
             program = self.whole(scalars, full)
         if len(self._calls) > 1000:
             self._calls.clear()
-        call = self._calls[key] = program, shape, zero_d
+        call = self._calls[key] = program, shape, zero_d, None if order.is_c else order
         return call
 
     def _finish(self, result: Any, i: int, arguments: Sequence[Any], shape: tuple, dtype: np.dtype) -> np.ndarray:
@@ -152,12 +164,18 @@ class NumpyProgram:
         return result
 
     def _in_float32(self, arguments: Sequence[Any], half: np.dtype, outs: Sequence[Any] | None) -> list[np.ndarray]:
-        wide = [a.astype(np.float32) if type(a) is np.ndarray and a.dtype == half else a for a in arguments]
-        results = self(wide, np.dtype(np.float32))
+        single = np.dtype(np.float32)
+
+        def wide(a: Any) -> Any:
+            return a.astype(single, "C") if type(a) is np.ndarray and a.dtype == half else a
+
         if outs is None:
+            # Found before the copies, which write out what is broadcast.
+            order = memory_order([a for a in arguments if type(a) is np.ndarray])
+            results = self([wide(order.turn(a)) if type(a) is np.ndarray else a for a in arguments], single)
             with np.errstate(over="ignore"):
-                return [r.astype(half) if r.dtype == np.float32 else r for r in results]
-        for out, result in zip(outs, results, strict=True):
+                return order.turn_back([r.astype(half) if r.dtype == single else r for r in results])
+        for out, result in zip(outs, self([wide(a) for a in arguments], single), strict=True):
             np.copyto(out, result, casting="unsafe")
         return list(outs)
 

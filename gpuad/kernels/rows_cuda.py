@@ -2,8 +2,8 @@
 
 The row functions are put in stages: those of one stage need only the results of earlier stages, so one pass over the
 row feeds them all, and a last pass writes the elements. Elements are read again in each pass (from cache) rather than
-kept. Strides are arguments, so broadcast and transposed operands are read where they lie. A sum over the rows (a loss)
-is part of the same launch, see last_block.py.
+kept. Strides are arguments, so broadcast and transposed operands are read where they lie, and results lie as they do.
+A sum over the rows (a loss) is part of the same launch, see last_block.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpuad.array.device import of_array
+from gpuad.array.order import memory_order
 from gpuad.kernels import cuda_source, derive, last_block
 from gpuad.kernels.cuda_source import C_TYPES, PREAMBLE, compute_dtype, dtype_codes, dtype_names, literal
 from gpuad.kernels.expr import Constant, Expr, Variable, topological
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 # Rows of up to so many elements have a warp each, ROWS of them in a block: no barriers, and no idle threads.
 WARP_COLUMNS = 1024
 ROWS = 8
+
+# What a kernel is told of the matrices: their lengths (C: the columns), and the strides of those that it makes.
+_SIZES = ("rows", "C", "out_row", "out_column")
 
 # The levels of what differs along a row.
 _ACROSS = ("element", "column")
@@ -191,7 +195,7 @@ class RowKernel:
             _LOGSUMEXP,
             last_block.SOURCE if summed else "",
             f'extern "C" __global__ void gpuad_{formula.name}(',
-            ", ".join([*parameters, *fault, "const long long rows", "const long long C"]),
+            ", ".join([*parameters, *fault, *[f"const long long {name}" for name in _SIZES]]),
             ") {\n",
             f"extern __shared__ double gpuad_shared[];\n{T}* shared = ({T}*)gpuad_shared;\n",
             "\n".join(loads_scalar),
@@ -260,7 +264,8 @@ class RowKernel:
             inside = dict(names)
             self._write_elements([formula.outputs[i] for i in elements], inside, loads, lines, T)
             for i in elements:
-                lines.append(f"o{i}[row * C + c] = ({types[i]})({self._text(formula.outputs[i], inside, T)});")
+                place = f"o{i}[row * out_row + c * out_column]"
+                lines.append(f"{place} = ({types[i]})({self._text(formula.outputs[i], inside, T)});")
             lines.append("}")
 
     def _text(self, node: Expr, names: dict[Expr, str], T: str) -> str:
@@ -324,11 +329,16 @@ class RowKernel:
 
         formula = self.formula
         key = dtype_codes(arguments, cupy.ndarray)
-        shape = next(a.shape for a, v in zip(arguments, formula.inputs, strict=True) if v.level == "element")
+        elements = [
+            a for a, v in zip(arguments, formula.inputs, strict=True)
+            if v.level == "element" and isinstance(a, cupy.ndarray)
+        ]  # fmt: skip
+        shape = elements[0].shape
         rows, columns = shape
+        in_c = all([a._c_contiguous for a in elements]) or memory_order(elements).is_c
         shapes = {"element": shape, "row": shape[:1], "scalar": ()}
         made = [
-            cupy.empty(shapes[formula.levels[i]], formula.out_dtype(i, dtype))
+            cupy.ndarray(shapes[formula.levels[i]], formula.out_dtype(i, dtype), order="C" if in_c else "F")
             for i in range(summed, len(formula.outputs))
         ]
         if not columns or not (rows or summed):
@@ -365,7 +375,8 @@ class RowKernel:
             backend: Any = of_array(made[0]).backend
             address, code = backend.fault("class index")
             call += [np.uint64(address), np.int32(code)]
-        call += [np.int64(rows), np.int64(columns)]
+        steps = (columns, 1) if in_c else (1, rows)
+        call += [np.int64(n) for n in (*shape, *steps)]
         kernel((grid,), block, tuple(call), shared_mem=0 if warp else block[0] * compute.itemsize)
         return made
 

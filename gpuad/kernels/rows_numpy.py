@@ -14,6 +14,7 @@ import numpy as np
 
 from gpuad.array.dtypes import HALF
 from gpuad.array.host_memory import memory
+from gpuad.array.order import memory_order
 from gpuad.kernels import derive
 from gpuad.kernels.expr import Expr, ScalarFunction, Variable, apply, substitute, topological
 from gpuad.kernels.numpy_writer import Writer, lower
@@ -84,7 +85,7 @@ def _column(columns: int) -> np.ndarray:
 def _add_at(x: np.ndarray, place: Any, value: Any, columns: int, out: np.ndarray | None = None) -> np.ndarray:
     """x with value added at one place of each row: what the derivative of row_at adds up to."""
     if out is None:
-        out = x.copy()
+        out = x.copy("K")
     elif out is not x:
         np.copyto(out, x)
     added = np.broadcast_to(value, (x.shape[0], 1)).reshape(-1) if np.ndim(value) else value
@@ -166,9 +167,9 @@ class RowProgram:
         self.formula = formula
         self.outputs = _use_add_at(lower(formula.outputs))
         self.copies = [isinstance(o, Variable) for o in self.outputs]  # an input handed on is copied
-        self.first_element = next(i for i, v in enumerate(formula.inputs) if v.level == "element")
+        self.elements = [i for i, v in enumerate(formula.inputs) if v.level == "element"]
         self._programs: dict[frozenset[int], Callable] = {}
-        self._calls: dict[tuple, tuple[Callable, list[int], list[int], list[int]]] = {}
+        self._calls: dict[tuple, tuple[Callable, list[int], list[int], list[int], Any]] = {}
 
     def program(self, scalars: frozenset[int]) -> Callable:
         """The program over (rows, columns) arrays, `scalars` being Python numbers."""
@@ -185,20 +186,19 @@ class RowProgram:
     def __call__(self, arguments: Sequence[Any], dtype: np.dtype, outs: Sequence[Any] | None = None) -> list[Any]:
         """The outputs, a list; numbers computed in `dtype` (float32 for float16)."""
         if dtype.char in HALF:
-            wide = [a.astype(np.float32) if type(a) is np.ndarray and a.dtype == dtype else a for a in arguments]
+            order = self._order(arguments)
+            wide = [a.astype(np.float32, order) if type(a) is np.ndarray and a.dtype == dtype else a for a in arguments]
             results = self(wide, np.dtype(np.float32))
             return [r.astype(self.formula.out_dtype(i, dtype), copy=False) for i, r in enumerate(results)]
-        inputs = self.formula.inputs
-        kinds = tuple([type(a) is np.ndarray and (a.ndim or -1) for a in arguments])
-        call = self._calls.get(kinds)
+        key = tuple(
+            [type(a) is np.ndarray and ((a.ndim or -1) if a.flags.c_contiguous else (a.shape, a.strides))
+             for a in arguments]
+        )  # fmt: skip
+        call = self._calls.get(key)
         if call is None:
-            scalars = frozenset(i for i, k in enumerate(kinds) if not k or k == -1)
-            rows_at = [i for i, v in enumerate(inputs) if v.level == "row" and kinds[i] == 1]
-            columns_at = [i for i, v in enumerate(inputs) if v.level == "column"]
-            zero_d = [i for i, k in enumerate(kinds) if k == -1]
-            call = self._calls[kinds] = self.program(scalars), rows_at, columns_at, zero_d
-        program, rows_at, columns_at, zero_d = call
-        shape = arguments[self.first_element].shape
+            call = self._prepare(arguments, key)
+        program, rows_at, columns_at, zero_d, order = call
+        shape = arguments[self.elements[0]].shape
         rows, columns = shape
         prepared = list(arguments)
         for i in rows_at:
@@ -210,9 +210,9 @@ class RowProgram:
         if not rows or not columns:
             return [np.zeros(self._shape(i, shape), self.formula.out_dtype(i, dtype)) for i in range(len(self.outputs))]
         if rows * columns <= WHOLE:
-            results = program(columns, *prepared, dtype)
-            return [self._finish(r, i, shape, dtype) for i, r in enumerate(results)]
-        made = [memory.empty(self._shape(i, shape), self.formula.out_dtype(i, dtype)) for i in range(len(self.outputs))]
+            results = [self._finish(r, i, shape, dtype) for i, r in enumerate(program(columns, *prepared, dtype))]
+            return results if order is None else [r if r.ndim < 2 else np.asarray(r, order=order) for r in results]
+        made = [self._empty(i, shape, dtype, order) for i in range(len(self.outputs))]
         step = max(1, BLOCK // columns)
 
         def work(start: int, stop: int) -> None:
@@ -220,7 +220,7 @@ class RowProgram:
                 j = min(i + step, stop)
                 part = [
                     a[i:j] if type(a) is np.ndarray and v.level in ("element", "row") else a
-                    for a, v in zip(prepared, inputs, strict=True)
+                    for a, v in zip(prepared, self.formula.inputs, strict=True)
                 ]
                 for out, result, level in zip(made, program(columns, *part, dtype), self.formula.levels, strict=True):
                     out[i:j] = result.reshape(-1) if level == "row" and type(result) is np.ndarray else result
@@ -228,8 +228,35 @@ class RowProgram:
         parallel(work, rows, rows * columns * 8)
         return made
 
+    def _prepare(self, arguments: Sequence[Any], key: tuple) -> tuple[Callable, list[int], list[int], list[int], Any]:
+        """For arguments like these: the program, which have one value a row, a column, in all, and the results' order.
+
+        The order is None where all are C-contiguous, and the results then by themselves; what a program makes of
+        operands that disagree has the order of some of them.
+        """
+        inputs = self.formula.inputs
+        ndims = [a.ndim if type(a) is np.ndarray else None for a in arguments]
+        scalars = frozenset(i for i, ndim in enumerate(ndims) if not ndim)
+        rows_at = [i for i, v in enumerate(inputs) if v.level == "row" and ndims[i] == 1]
+        columns_at = [i for i, v in enumerate(inputs) if v.level == "column"]
+        zero_d = [i for i, ndim in enumerate(ndims) if ndim == 0]
+        in_order = all([a.flags.c_contiguous for a in arguments if type(a) is np.ndarray])
+        order = None if in_order else self._order(arguments)
+        if len(self._calls) > 1000:
+            self._calls.clear()
+        call = self._calls[key] = self.program(scalars), rows_at, columns_at, zero_d, order
+        return call
+
+    def _order(self, arguments: Sequence[Any]) -> Any:
+        elements = [arguments[i] for i in self.elements if type(arguments[i]) is np.ndarray]
+        return "C" if memory_order(elements).is_c else "F"
+
     def _shape(self, i: int, shape: tuple[int, int]) -> tuple[int, ...]:
         return {"element": shape, "row": shape[:1], "scalar": ()}[self.formula.levels[i]]
+
+    def _empty(self, i: int, shape: tuple[int, int], dtype: np.dtype, order: Any) -> np.ndarray:
+        own, stored = self._shape(i, shape), self.formula.out_dtype(i, dtype)
+        return memory.empty(own[::-1], stored).T if order == "F" else memory.empty(own, stored)
 
     def _finish(self, result: Any, i: int, shape: tuple[int, int], dtype: np.dtype) -> Any:
         wanted = self._shape(i, shape)

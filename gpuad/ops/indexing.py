@@ -270,7 +270,7 @@ def _gather_key(backend: Any, index: Any, dim: int) -> tuple:
 
 gather_ = primitive(
     "gather",
-    lambda backend, input, *, index, dim: (
+    lambda backend, input, *, index, dim: backend.contiguous(
         backend.xp.take_along_axis(input, index, dim)
         if input.shape[:dim] + input.shape[dim + 1 :] == index.shape[:dim] + index.shape[dim + 1 :]
         else input[_gather_key(backend, index, dim)]

@@ -145,7 +145,7 @@ def _extreme(name: str) -> Any:
     return primitive(
         name,
         lambda backend, input, *, axes, keepdims: backend.xp.asarray(
-            getattr(backend.xp, name)(input, axis=axes, keepdims=keepdims)
+            getattr(backend.xp, name)(input, axis=axes, keepdims=keepdims), order="C"
         ),
         vjp={"input": rule},
         jvp={"input": jvp_rule},
@@ -200,7 +200,7 @@ class Extreme(tuple):
 def _index_of(name: str) -> Primitive:
     return primitive(
         name,
-        lambda backend, input, *, dim: backend.xp.asarray(getattr(backend.xp, name)(input, axis=dim), dtype=np.int64),
+        lambda backend, input, *, dim: backend.xp.asarray(getattr(backend.xp, name)(input, axis=dim), np.int64, "C"),
         samples=[(S((3, 4)), {"dim": 0}), (S((2, 3, 4)), {"dim": 1})],
         doc=f"Where the {'largest' if name == 'argmax' else 'smallest'} element along a dimension is.",
         batch=shift,
@@ -290,7 +290,7 @@ def _others(x: Any, axis: int) -> Any:
 prod_ = primitive(
     "prod",
     lambda backend, input, *, axes, keepdims: backend.xp.asarray(
-        backend.xp.prod(input, axis=axes[0], keepdims=keepdims, dtype=input.dtype)
+        backend.xp.prod(input, axis=axes[0], keepdims=keepdims, dtype=input.dtype), order="C"
     ),
     vjp={"input": _prod_rule},
     jvp={"input": lambda t, input, axes, keepdims: sum_(t * _others(input, axes[0]), axes=axes, keepdims=keepdims)},
@@ -393,11 +393,12 @@ def logsumexp(input: Any, dim: Any, keepdim: bool = False) -> Any:
 def _cumsum(backend: Any, input: Any, *, dim: int, reverse: bool) -> Any:
     xp, dtype = backend.xp, input.dtype
     wide = backend.cast(input, dtypes.float32) if dtype.char in dtypes.HALF else input
-    if not reverse:
-        found = xp.cumsum(wide, axis=dim, dtype=wide.dtype)
+    out = backend.empty(wide.shape, wide.dtype)
+    if reverse:
+        xp.cumsum(xp.flip(wide, dim), dim, wide.dtype, xp.flip(out, dim))
     else:
-        found = xp.flip(xp.cumsum(xp.flip(wide, dim), axis=dim, dtype=wide.dtype), dim)
-    return backend.cast(found, dtype)
+        xp.cumsum(wide, dim, wide.dtype, out)
+    return backend.cast(out, dtype)
 
 
 cumsum_: Primitive = primitive(
@@ -420,7 +421,7 @@ def _test_of(name: str, doc: str) -> Primitive:
     return primitive(
         name,
         lambda backend, input, *, axes, keepdims: backend.xp.asarray(
-            getattr(backend.xp, name)(input, axis=axes, keepdims=keepdims)
+            getattr(backend.xp, name)(input, axis=axes, keepdims=keepdims), order="C"
         ),
         samples=reductions(),
         doc=doc,

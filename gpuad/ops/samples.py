@@ -47,7 +47,8 @@ def binary(low: float = -2.0, high: float = 2.0, *avoid: float) -> list[tuple]:
 
 def reductions(*, empty: bool = True, **parameters: Any) -> list[tuple]:
     """Samples of a reduction with the parameters `axes` and `keepdims`; `empty`: whether it takes sums of nothing."""
-    given: list[tuple] = [((3, 4), (0,), False), ((3, 4), (0, 1), False), ((2, 3, 4), (0, 2), True), ((), (), False)]
+    given: list[tuple] = [((3, 4), (0,), False), ((3, 4), (0, 1), False), ((2, 3, 4), (0, 2), True), ((), (), False),
+                          ((2, 3, 4), (1,), False)]  # fmt: skip
     given.append(((0, 3), (0,), False) if empty else ((0, 3), (1,), False))
     return [(S(shape), {"axes": axes, "keepdims": keepdims, **parameters}) for shape, axes, keepdims in given]
 

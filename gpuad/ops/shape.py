@@ -391,10 +391,15 @@ def _cat_rule(g: Any, shapes: Sequence[Any], wanted: Sequence[bool], dim: int) -
 
 cat_ = primitive(
     "cat",
-    lambda backend, *inputs, dim: backend.xp.concatenate(inputs, axis=dim),
+    lambda backend, *inputs, dim: backend.contiguous(backend.xp.concatenate(inputs, axis=dim)),
     vjp={"inputs": _cat_rule},
     jvp=linear,
-    samples=[(S((3, 4)), S((3, 2)), {"dim": 1}), (S((2,)), S((0,)), S((3,)), {"dim": 0}), (S((3, 4)), {"dim": 0})],
+    samples=[
+        (S((3, 4)), S((3, 2)), {"dim": 1}),
+        (S((2,)), S((0,)), S((3,)), {"dim": 0}),
+        (S((3, 4)), {"dim": 0}),
+        (S((2, 3, 4)), S((2, 1, 4)), {"dim": 1}),
+    ],
     doc="Tensors joined along a dimension.",
     batch=shift,
     variadic=True,
@@ -504,7 +509,9 @@ def roll(input: Any, shifts: Any, dims: Any = None) -> Any:
 def _triangle(name: str, other: str, doc: str) -> Any:
     made = primitive(
         name + "angle",
-        lambda backend, input, *, diagonal: backend.cast(getattr(backend.xp, name)(input, diagonal), input.dtype),
+        lambda backend, input, *, diagonal: backend.contiguous(
+            backend.cast(getattr(backend.xp, name)(input, diagonal), input.dtype)
+        ),
         vjp={"input": lambda g, diagonal: made(g, diagonal=diagonal)},
         jvp=linear,
         samples=[(S((3, 4)), {"diagonal": 0}), (S((2, 3, 3)), {"diagonal": -1}), (S((4, 3)), {"diagonal": 1})],
