@@ -26,8 +26,9 @@ def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
     np.testing.assert_allclose(a, b, tolerance, tolerance * size)
 
 
-SETTINGS = [("plain", np.float64), ("plain", np.float32), ("plain", np.float16), ("plain", gpuad.bfloat16), ("transposed", np.float64),
-            ("strided", np.float64), ("permuted", np.float64), ("mixed", np.float64)]  # fmt: skip
+SETTINGS = [("plain", np.float64), ("plain", np.float32), ("plain", np.float16), ("plain", gpuad.bfloat16),
+            ("transposed", np.float64), ("strided", np.float64), ("permuted", np.float64),
+            ("mixed", np.float64)]  # fmt: skip
 
 
 @pytest.mark.parametrize("op", EVERYTHING, ids=ident)
