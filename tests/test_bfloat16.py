@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import gpuad
-from gpuad import nn
+from gpuad import nn, optim
 from gpuad.array import dtypes
 from gpuad.errors import MissingPackageError
 
@@ -128,3 +128,37 @@ def test_random_numbers_and_defaults(device):
         assert gpuad.ones(2).dtype == gpuad.tensor([1.0]).dtype == nn.Linear(2, 2).weight.dtype == BFLOAT16
     finally:
         gpuad.set_default_dtype(gpuad.float32)
+
+
+@pytest.mark.parametrize("name", [n for n in optim.__all__ if n not in ("Optimizer", "lr_scheduler")])
+def test_a_step_is_computed_in_float32(device, name):
+    """From the same numbers, both in bfloat16: what one step gives is that of float32, rounded once."""
+    start, grad = (gpuad.randn(64, 40, device=device).bfloat16() for _ in range(2))
+    found = []
+    for dtype in (BFLOAT16, gpuad.float32):
+        p = nn.Parameter(start.to(dtype, copy=True))
+        p.grad = grad.to(dtype)
+        optimizer = getattr(optim, name)([p], lr=0.1)
+        optimizer.step()
+        assert p.dtype == dtype and all(s.dtype in (dtype, gpuad.float32) for s in tensors(optimizer.state[p]))
+        found.append(p.detach().bfloat16().float().cpu().numpy())
+    np.testing.assert_allclose(found[0], found[1], rtol=2**-7)
+
+
+def tensors(state) -> list:
+    return [value for value in state.values() if isinstance(value, gpuad.Tensor) and value.ndim]
+
+
+def test_norms_and_scaling_of_gradients(device):
+    ps = [nn.Parameter(gpuad.zeros(30, 7, dtype=BFLOAT16, device=device)) for _ in range(3)]
+    for p in ps:
+        p.grad = gpuad.full((30, 7), 2.0, dtype=BFLOAT16, device=device)
+    norm = nn.utils.clip_grad_norm_(ps, 1.0)
+    assert norm.item() == pytest.approx(2 * 630**0.5, rel=1e-2)
+    assert ps[0].grad[0, 0].item() == pytest.approx(630**-0.5, rel=1e-2)
+    scaler = gpuad.amp.GradScaler(init_scale=4.0)
+    optimizer = optim.SGD(ps, lr=1.0)
+    optimizer.zero_grad()
+    scaler.scale(sum(p.sum() for p in ps)).backward()
+    scaler.step(optimizer)
+    assert ps[0].tolist() == [[-1.0] * 7] * 30

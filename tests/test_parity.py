@@ -210,7 +210,6 @@ CALLS = {
     "backward gradient shape": lambda x, i: (x.requires_grad_() * 2).backward(x.detach().T),
     "grad shape": lambda x, i: setattr(x, "grad", x.T),
     "dtype": lambda x, i: x.to("complex64"),
-    "bfloat16": lambda x, i: x.to("bfloat16"),
     "device": lambda x, i: x.to("tpu"),
     "dropout p": lambda x, i: F.dropout(x, 1.5),
     "negative length": lambda x, i: gpuad.zeros(-1, device=x.device),
