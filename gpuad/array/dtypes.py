@@ -27,8 +27,9 @@ bool_ = np.dtype(np.bool_)
 
 # The characters of the floating dtypes: NumPy's of kind "f", and bfloat16's, whose kind is "V". Those of 16 bits are
 # computed in float32.
-FLOATING = "efdE"
-HALF = "eE"
+BFLOAT16: str = "E"
+FLOATING = "efd" + BFLOAT16
+HALF = "e" + BFLOAT16
 
 BY_NAME: dict[str, np.dtype] = {
     "float16": float16, "half": float16, "float32": float32, "float": float32, "float64": float64, "double": float64,
@@ -117,7 +118,7 @@ def promote_types(a: Any, b: Any) -> np.dtype:
 
 def finfo(dtype: np.dtype) -> Any:
     """The limits of a floating dtype: numpy.finfo, or that of ml_dtypes."""
-    if dtype.char == "E":
+    if dtype.char == BFLOAT16:
         import ml_dtypes
 
         return ml_dtypes.finfo(dtype)

@@ -35,7 +35,7 @@ def _raw(size: int, make: Callable[..., np.ndarray] = np.empty) -> tuple[np.ndar
 
 
 def _placed(shape: tuple[int, ...], dtype: np.dtype, raw: np.ndarray, offset: int) -> np.ndarray:
-    return np.ndarray(shape, dtype, raw, offset)  # type: ignore[arg-type]  (an array is a buffer)
+    return np.ndarray(shape, dtype, raw, offset)
 
 
 class HostMemory:

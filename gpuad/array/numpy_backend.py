@@ -10,7 +10,7 @@ import numpy as np
 
 from gpuad.array import indices
 from gpuad.array.backend import Backend, Formula
-from gpuad.array.dtypes import FLOATING, HALF
+from gpuad.array.dtypes import BFLOAT16, FLOATING, HALF
 from gpuad.array.host_memory import LARGE, aligned, memory
 from gpuad.array.order import keeping_order
 
@@ -58,7 +58,7 @@ class NumpyBackend(Backend):
 
     def elementwise(self, formula: Formula, arguments: Sequence[Any], dtype: np.dtype, outs: Any = None) -> Any:
         ufunc = formula.ufunc
-        if ufunc is not None and dtype.char != "E":  # with a number bfloat16 would give float32
+        if ufunc is not None and dtype.char != BFLOAT16:  # with a number bfloat16 would give float32
             if outs is not None:
                 return ufunc(*arguments, out=outs[0], casting="unsafe")
             first = arguments[0]

@@ -71,7 +71,7 @@ def dtype_codes(arguments: Sequence[Any], array_type: Any) -> tuple[str | None, 
 
 def dtype_names(codes: Sequence[str | None]) -> tuple[str | None, ...]:
     """The names of the dtypes in what dtype_codes made."""
-    return tuple([None if c is None else "bfloat16" if c == "E" else np.dtype(c).name for c in codes])
+    return tuple([None if c is None else "bfloat16" if c == dtypes.BFLOAT16 else np.dtype(c).name for c in codes])
 
 
 def compute_dtype(dtype: np.dtype) -> np.dtype:

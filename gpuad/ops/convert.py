@@ -290,7 +290,7 @@ def to_index(self: Tensor) -> int:
 def representation(self: Tensor) -> str:
     """tensor(values, device=…, dtype=…, grad_fn=…) as PyTorch prints it."""
     host = self._device.backend.to_host(self._data)
-    shown = host.astype(np.float32) if host.dtype.char == "E" else host  # whose digits NumPy does not count
+    shown = host.astype(np.float32) if host.dtype.char == dtypes.BFLOAT16 else host  # whose digits NumPy does not count
     body = np.array2string(shown, separator=", ", precision=4, threshold=1000, edgeitems=3, prefix="tensor(")
     extra = [body]
     if self._device.type != "cpu":
