@@ -16,7 +16,7 @@ FORWARD, BACKWARD, STEP = 4, 6, 1
 # (input, weight, bias), 2 of the first, 2 of the relus.
 PLAIN_FORWARD, PLAIN_BACKWARD = 9, 11
 # Of two transformer blocks with a head, AdamW.
-TRANSFORMER = 34, 55, 1
+TRANSFORMER = 34, 52, 1
 
 
 class Training:
