@@ -171,21 +171,13 @@ class BatchNorm1d(Module):
             return F.batch_norm(input, mean, var, self.weight, self.bias, mean is None, 0.0, self.eps)
         if not self.track_running_stats or mean is None or var is None:
             return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
-        count = self.num_batches_tracked  # grows last: a forward that fails has changed nothing
-        if self.momentum is not None or count is None:
-            output = F.batch_norm(input, mean, var, self.weight, self.bias, True, self.momentum or 0.0, self.eps)
-            if count is not None:
-                count.add_(1)
-            return output
-        # The batch's share is 1/n, and n stays on the device: momentum 1 hands out the batch's own statistics.
-        batch_mean, batch_var = gpuad.zeros_like(mean), gpuad.zeros_like(var)
-        output = F.batch_norm(input, batch_mean, batch_var, self.weight, self.bias, True, 1.0, self.eps)
-        with gpuad.no_grad():
-            seen = count + 1
-            mean_step, var_step = (batch_mean - mean) / seen, (batch_var - var) / seen
-            mean.add_(mean_step)
-            var.add_(var_step)
-            count.add_(1)
+        count = self.num_batches_tracked
+        share: Any = self.momentum or 0.0
+        if self.momentum is None and count is not None:
+            share = (count + 1).to(gpuad.float64).reciprocal()  # 1/n, and n stays on the device
+        output = F.batch_norm(input, mean, var, self.weight, self.bias, True, share, self.eps)
+        if count is not None:
+            count.add_(1)  # last: a forward that fails has changed nothing
         return output
 
     def extra_repr(self) -> str:

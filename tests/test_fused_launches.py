@@ -1,4 +1,4 @@
-"""Norms with weight and bias as one kernel each way, and the gradients of all pieces of a tensor as one."""
+"""Row operations as one kernel each way, whatever is given, and the gradients of all pieces of a tensor as one."""
 
 from __future__ import annotations
 
@@ -80,34 +80,279 @@ def test_parameters_of_another_shape_are_refused(device, norm, what):
         getattr(F, norm)(x, 3, **{what: on(device, np.ones(4))})
 
 
+# One launch each way --------------------------------------------------------------------------------------------------
+
+SIZES = {"short": (6, 16), "long": (3, 1500)}  # rows by warps, rows by blocks
+SUBSETS = [(w, b) for w in (False, True) for b in (False, True)]
+
+
+def along(name: str) -> dict:
+    """softmax and its kin along the last, the first and a middle dimension."""
+    op = getattr(F, name)
+    return {
+        f"{name} {where}": lambda make, n, m, shape=shape, dim=dim: ([x := make(*shape(n, m))], lambda: op(x, dim))
+        for where, dim, shape in (
+            ("last", -1, lambda n, m: (n, m)),
+            ("first", 0, lambda n, m: (m, n)),
+            ("middle", 1, lambda n, m: (2, m, n)),
+        )
+    }
+
+
+def classified(name: str, probabilities: bool = False, **options) -> dict:
+    """The losses of classes, in each reduction; (N, C) and (N, C, L)."""
+
+    def case(make, n, m, shape, reduction):
+        x = make(*shape(n, m))
+        where = (*x.shape[:1], *x.shape[2:])
+        target = gpuad.randint(0, m, where, device=x.device)
+        if probabilities:
+            target = make(*x.shape).detach().abs()
+        given = {k: make(m).detach().abs() if k == "weight" else v for k, v in options.items()}
+        return [x], lambda: getattr(F, name)(x, target, reduction=reduction, **given)
+
+    said = " ".join([name, *(["probabilities"] if probabilities else []), *options])
+    return {
+        f"{said} {reduction} {where}": lambda make, n, m, s=shape, r=reduction: case(make, n, m, s, r)
+        for reduction in ("mean", "sum", "none")
+        for where, shape in (("last", lambda n, m: (n, m)), ("middle", lambda n, m: (2, m, n)))
+    }
+
+
+def last_norm(name: str, weight: bool, bias: bool) -> dict:
+    def case(make, shape, over):
+        x, parameters = make(*shape), [make(*over) if there else None for there in (weight, bias)]
+        kept = parameters if name == "layer_norm" else parameters[:1]
+        leaves = [x, *(p for p in kept if p is not None)]
+        return leaves, lambda: getattr(F, name)(x, over, *kept)
+
+    return {
+        f"{name} weight={weight} bias={bias}": lambda make, n, m: case(make, (n, m), (m,)),
+        f"{name} weight={weight} bias={bias} of two dimensions": lambda make, n, m: case(
+            make, (2, n, m // 2, 2), (m // 2, 2)
+        ),
+    }
+
+
+def batch_norm(mode: str, weight: bool, bias: bool) -> dict:
+    def case(make, shape):
+        x, parameters = make(*shape), [make(shape[1]) if there else None for there in (weight, bias)]
+        mean, var = (None, None) if mode == "batch" else (make(shape[1]).detach(), make(shape[1]).detach().abs() + 1)
+        leaves = [x, *(p for p in parameters if p is not None)]
+        return leaves, lambda: F.batch_norm(x, mean, var, *parameters, training=mode != "evaluation")
+
+    return {
+        f"batch_norm {mode} weight={weight} bias={bias}": lambda make, n, m: case(make, (m, n)),
+        f"batch_norm {mode} weight={weight} bias={bias} of (N, C, L)": lambda make, n, m: case(make, (m // 3, n, 3)),
+    }
+
+
+ROWS = {
+    **along("softmax"), **along("log_softmax"),
+    **classified("cross_entropy"), **classified("cross_entropy", ignore_index=1),
+    **classified("cross_entropy", weight=1), **classified("cross_entropy", label_smoothing=0.1),
+    **classified("cross_entropy", weight=1, label_smoothing=0.1, ignore_index=1),
+    **classified("cross_entropy", True), **classified("cross_entropy", True, weight=1),
+    **classified("cross_entropy", True, weight=1, label_smoothing=0.1),
+    **classified("nll_loss"), **classified("nll_loss", weight=1, ignore_index=1),
+    **{k: v for w, b in SUBSETS for k, v in last_norm("layer_norm", w, b).items()},
+    **last_norm("rms_norm", False, False), **last_norm("rms_norm", True, False),
+    **{k: v for mode in ("running", "batch", "evaluation") for w, b in SUBSETS
+       for k, v in batch_norm(mode, w, b).items()},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "make, forward, backward",
-    [
-        (lambda: nn.LayerNorm(16), 1, 2),
-        (lambda: nn.LayerNorm(16, bias=False), 1, 2),
-        (lambda: nn.RMSNorm(16), 1, 2),
-        # The normalised values, both running statistics, the count of batches; the leaf's gradient is laid out anew.
-        (lambda: nn.BatchNorm1d(16), 3, 2),
-    ],
-    ids=["layer_norm", "layer_norm without bias", "rms_norm", "batch_norm"],
+    "size, dtype", [("short", "float32"), ("long", "float32"), ("short", "float16"), ("long", "float64")]
 )
-def test_launches_of_norms(cuda_device, counts, make, forward, backward):
-    layer = make().to(cuda_device)
+@pytest.mark.parametrize("case", ROWS)
+def test_row_operations_are_one_launch_each_way(cuda_device, counts, case, size, dtype):
+    def make(*shape):
+        return on(cuda_device, np.random.default_rng(0).standard_normal(shape), dtype)
+
+    leaves, f = ROWS[case](make, *SIZES[size])
+    for _ in range(2):
+        with counts() as first:
+            y = f()
+        g = make(*y.shape).detach()
+        with counts() as second:
+            gradients = gpuad.autograd.grad([y], leaves, [g])
+    assert (first.kernel_launches, second.kernel_launches) == (1, 1), (first.stats, second.stats)
+    for r in (first, second):
+        assert not r.stats["memsets"] and not r.stats["copies"] and not r.syncs and not r.library_calls, r.stats
+    assert all(np.isfinite(numpy(t)).all() for t in (y, *gradients))
+
+
+@pytest.mark.parametrize("make", [nn.LayerNorm, nn.RMSNorm, nn.BatchNorm1d])
+def test_launches_of_norm_layers(cuda_device, counts, make):
+    """A batch norm counts its batches, which is one more; .grad takes over what backward made."""
+    layer = make(16).to(cuda_device)
     x = gpuad.randn(8, 16, device=cuda_device, requires_grad=True)
     g = gpuad.randn(8, 16, device=cuda_device)
     for _ in range(2):
-        layer(x).backward(g)
-        layer.zero_grad()
+        with counts() as first:
+            y = layer(x)
+        with counts() as second:
+            y.backward(g)
         x.grad = None
-    with counts() as first:
-        y = layer(x)
-    with counts() as second:
-        y.backward(g)
-    assert (first.kernel_launches, second.kernel_launches) == (forward, backward), (first.stats, second.stats)
-    assert not first.stats["memsets"] and not second.stats["memsets"]
+        for p in layer.parameters():
+            p.grad = None
+    assert first.kernel_launches == (2 if make is nn.BatchNorm1d else 1), first.stats
+    assert second.kernel_launches == 1 and not second.stats["memsets"], second.stats
     with counts() as evaluated:
         layer.eval()(x)
     assert evaluated.kernel_launches == 1
+
+
+# Row operations along any dimensions ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["plain", "transposed", "expanded"])
+@pytest.mark.parametrize("shape", [(5, 3, 4), (40, 3, 50), (300, 4, 300)], ids=str)
+def test_batch_norm_where_it_lies(device, shape, layout):
+    """Few elements, many with short and long runs of neighbours; incoming gradients of other strides."""
+    rng = np.random.default_rng(0)
+    values, g = rng.standard_normal(shape), rng.standard_normal(shape)
+    if layout == "expanded":
+        g = np.broadcast_to(g[:, :, :1], shape)
+    w, b = rng.standard_normal((2, shape[1]))
+    x, weight, bias = (on(device, v) for v in (values.T if layout == "transposed" else values, w, b))
+    gradient = on(device, g[:, :, :1] if layout == "expanded" else g, requires_grad=False).expand(shape)
+    y = F.batch_norm(x.permute(2, 1, 0) if layout == "transposed" else x, None, None, weight, bias, True)
+    y.backward(gradient)
+    assert y._data.flags.c_contiguous
+
+    def rows(a):
+        return a.transpose(1, 0, 2).reshape(shape[1], -1)
+
+    flat, flat_g = rows(values), rows(g)
+    mean, inverse = flat.mean(1, keepdims=True), 1 / np.sqrt(flat.var(1, keepdims=True) + 1e-5)
+    n = (flat - mean) * inverse
+    gw = flat_g * w[:, None]
+    dx = inverse * (gw - gw.mean(1, keepdims=True) - n * (gw * n).mean(1, keepdims=True))
+    found = numpy(x.grad.permute(2, 1, 0) if layout == "transposed" else x.grad)
+    for a, e in zip((rows(numpy(y)), rows(found), numpy(weight.grad), numpy(bias.grad)),
+                    (n * w[:, None] + b[:, None], dx, (flat_g * n).sum(1), flat_g.sum(1)), strict=True):  # fmt: skip
+        np.testing.assert_allclose(a, e, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.2}, {"ignore_index": 1, "label_smoothing": 0.2}], ids=str
+)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cross_entropy_is_its_composition(device, options, reduction, weighted):
+    """Values, gradients of input and weight, and the gradients of those."""
+    rng = np.random.default_rng(0)
+    values, labels, weights = rng.standard_normal((4, 3, 5)), rng.integers(0, 3, (4, 5)), rng.random(3) + 0.5
+    labels[0, 0] = 1
+    target = on(device, labels, requires_grad=False)
+
+    def composed(x, w):
+        logp = x.log_softmax(1)
+        share = (target != options.get("ignore_index", -100)).to(x.dtype)
+        shares = share * (w[target] if weighted else 1)
+        picked = -logp.gather(1, target.unsqueeze(1)).squeeze(1) * shares
+        spread = -(logp * w.reshape(3, 1) if weighted else logp).sum(1) * share / 3
+        s = options.get("label_smoothing", 0.0)
+        loss = (1 - s) * picked + s * spread
+        return loss if reduction == "none" else loss.sum() / (shares.sum() if reduction == "mean" else 1)
+
+    def whole(x, w):
+        return F.cross_entropy(x, target, w if weighted else None, reduction=reduction, **options)
+
+    results = []
+    for f in (composed, whole):
+        leaves = [on(device, values), on(device, weights)][: 2 if weighted else 1]
+        y = f(leaves[0], leaves[-1])
+        gradients = gpuad.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        seconds = gpuad.autograd.grad(sum(g.square().sum() for g in gradients), leaves)
+        results.append([numpy(t) for t in (y, *gradients, *seconds)])
+    for a, e in zip(*results, strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-9, atol=1e-11)
+
+
+def test_row_operations_refuse_operands_of_other_shapes(device):
+    x, short = on(device, np.ones((4, 3))), on(device, np.ones(2))
+    for given in ({"weight": short}, {"bias": short}, {"running_mean": short, "running_var": short}):
+        with pytest.raises(ShapeError, match=r"3 channels, and \w+ of shape \(2,\); it must have one value for each"):
+            F.batch_norm(x, **{"running_mean": None, "running_var": None, **given}, training=True)
+    with pytest.raises(ShapeError, match=r"cross_entropy\w* takes weight of shape \(3,\)"):
+        F.cross_entropy(x, gpuad.zeros(4, dtype=gpuad.int64, device=device), short)
+
+
+# Running statistics ---------------------------------------------------------------------------------------------------
+
+
+def running(device, dtype="float64", channels: int = 3):
+    rng = np.random.default_rng(1)
+    return [on(device, rng.random(channels) + 0.5, dtype, requires_grad=False) for _ in range(2)]
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (5, 3, 4), (700, 3, 3)], ids=str)
+@pytest.mark.parametrize("dtype, own", [("float64", "float64"), ("float16", "float32"), ("float32", "float16")])
+def test_running_statistics_move_in_place(device, shape, dtype, own):
+    """In their own dtype, computed in that of the batch or float32; as copy_ does, with a new version of the memory."""
+    x = on(device, np.random.default_rng(0).standard_normal(shape) * 2 + 1, dtype)
+    mean, var = running(device, own)
+    before, versions = [numpy(mean), numpy(var)], [mean._version, var._version]
+    addresses = [t.data_ptr() for t in (mean, var)]
+    y = F.batch_norm(x, mean, var, training=True, momentum=0.3)
+    assert y.dtype == x.dtype and mean.dtype == var.dtype == np.dtype(own)
+    assert [t.data_ptr() for t in (mean, var)] == addresses
+    assert [mean._version, var._version] == [v + 1 for v in versions]
+    flat = np.moveaxis(numpy(x), 1, 0).reshape(3, -1)
+    tolerance = 1e-12 if own == dtype else 2e-3
+    np.testing.assert_allclose(numpy(mean), 0.7 * before[0] + 0.3 * flat.mean(1), rtol=tolerance)
+    np.testing.assert_allclose(numpy(var), 0.7 * before[1] + 0.3 * flat.var(1, ddof=1), rtol=tolerance)
+    y.float().sum().backward()
+    assert not mean.requires_grad and x.grad is not None
+
+
+def test_running_statistics_may_be_views(device):
+    both = gpuad.zeros(3, 2, device=device, dtype=gpuad.float64)
+    mean, var = both.unbind(1)
+    x = on(device, np.random.default_rng(0).standard_normal((8, 3)))
+    kept = both * 1.0
+    F.batch_norm(x, mean, var, training=True, momentum=1.0)
+    np.testing.assert_allclose(numpy(both), np.stack([numpy(x).mean(0), numpy(x).var(0, ddof=1)], 1))
+    assert not numpy(kept).any()
+
+
+def test_what_fails_leaves_running_statistics_as_they_were(device):
+    mean, var = running(device)
+    before = [numpy(mean), numpy(var)]
+    x = on(device, np.ones((4, 3)))
+    for wrong in (
+        lambda: F.batch_norm(x, mean, var, on(device, np.ones(2)), training=True),
+        lambda: F.batch_norm(on(device, np.ones((1, 3))), mean, var, training=True),
+        lambda: F.batch_norm(x, mean, on(device, np.ones(1), requires_grad=False).expand(3), training=True),
+    ):
+        with pytest.raises(ShapeError):
+            wrong()
+    for now, then in zip((mean, var), before, strict=True):
+        assert numpy(now).tolist() == then.tolist() and now._version == 0
+
+
+def test_a_statistic_that_was_saved_and_moved_since_is_noticed(device):
+    mean, var = running(device)
+    x = on(device, np.random.default_rng(0).standard_normal((4, 3)))
+    y = F.batch_norm(x, mean, var)
+    F.batch_norm(x.detach(), mean, var, training=True)
+    with pytest.raises(gpuad.errors.AutogradError, match="batch_norm_given"):
+        y.sum().backward()
+
+
+def test_running_statistics_under_forward_mode(device):
+    mean, var = running(device)
+    again = [mean.clone(), var.clone()]
+    x = on(device, np.random.default_rng(0).standard_normal((4, 3)), requires_grad=False)
+    y, moved = gpuad.func.jvp(lambda x: F.batch_norm(x, mean, var, training=True), (x,), (x,))
+    expected = F.batch_norm(x, *again, training=True)
+    np.testing.assert_allclose(numpy(y), numpy(expected), rtol=1e-12)
+    np.testing.assert_allclose(numpy(moved), 0, atol=1e-4)  # scaled, a batch has the same normalised values
+    for a, b in zip((mean, var), again, strict=True):
+        np.testing.assert_allclose(numpy(a), numpy(b), rtol=1e-12)
 
 
 # Pieces ---------------------------------------------------------------------------------------------------------------
@@ -231,9 +476,9 @@ def test_an_added_mask_gets_its_gradient(device):
     np.testing.assert_allclose(numpy(mask.grad), numpy(expected), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("causal, forward", [(False, 3), (True, 5)], ids=["all", "causal"])
+@pytest.mark.parametrize("causal, forward", [(False, 3), (True, 4)], ids=["all", "causal"])
 def test_launches_of_attention(cuda_device, counts, causal, forward):
-    """Two products and a kernel; which columns a row sees, one number a row, is made by two more.
+    """Two products and a kernel; which columns a row sees, one number a row, is made by one more.
 
     Backward: four products, a kernel, and the gradient of k, which comes transposed, laid out anew.
     """

@@ -17,7 +17,7 @@ FORWARD, BACKWARD, STEP = 4, 6, 1
 # two layers, 1 of the first, 1 kernel for the last bias, 2 of relu's derivative with the next bias's sum.
 PLAIN_FORWARD, PLAIN_BACKWARD = 7, 9
 # Of two transformer blocks with a head, AdamW.
-TRANSFORMER = 34, 55, 1
+TRANSFORMER = 34, 52, 1
 
 
 class Training:

@@ -32,8 +32,8 @@ class Formula(Protocol):
 
 
 # The methods that give the device something to run, a kernel, program, product or copy each: what the profiler counts.
-RUNNING = ("elementwise", "reduce", "elementwise_and_sum", "sum", "row_total", "add", "add_into", "cast", "copy",
-           "full", "gemm", "linear_activation", "weight_gradient", "input_gradient", "read_at", "add_at",
+RUNNING = ("elementwise", "rows", "reduce", "elementwise_and_sum", "sum", "row_total", "add", "add_into", "cast",
+           "copy", "full", "gemm", "linear_activation", "weight_gradient", "input_gradient", "read_at", "add_at",
            "check_index", "receive", "run", "update")  # fmt: skip
 
 
@@ -201,9 +201,14 @@ class Backend:
         """
         raise NotImplementedError
 
+    def rows(self, formula: Formula, arguments: Sequence[Any], dtype: np.dtype, axes: tuple[int, ...]) -> list[Any]:
+        """The outputs of a row formula, a list in C order; `axes` of the elements, ascending, are the columns."""
+        return formula.runner(self.language)(arguments, dtype, axes)
+
     def row_total(
-        self, formula: Formula, arguments: Sequence[Any], dtype: np.dtype, weighted: bool, scale: float, mean: bool
-    ) -> tuple[Any, Any, list[Any]]:
+        self, formula: Formula, arguments: Sequence[Any], dtype: np.dtype, axes: tuple[int, ...], weighted: bool,
+        scale: float, mean: bool,
+    ) -> tuple[Any, Any, list[Any]]:  # fmt: skip
         """(scale · Σ terms, Σ weights, the other outputs) of a row formula with outputs (term, weight, *others).
 
         With `mean` the first is Σ terms / Σ weights. Not weighted: there is no weight among the outputs.

@@ -377,11 +377,16 @@ class CupyBackend(Backend):
         return False  # the row kernel checks them, and leaves out what is to be ignored
 
     @_here
+    def rows(self, formula: Formula, arguments: Sequence[Any], dtype: np.dtype, axes: tuple[int, ...]) -> list[Any]:
+        return formula.runner("cuda")(arguments, dtype, axes)
+
+    @_here
     def row_total(
-        self, formula: Formula, arguments: Sequence[Any], dtype: np.dtype, weighted: bool, scale: float, mean: bool
-    ) -> tuple[Any, Any, list[Any]]:
+        self, formula: Formula, arguments: Sequence[Any], dtype: np.dtype, axes: tuple[int, ...], weighted: bool,
+        scale: float, mean: bool,
+    ) -> tuple[Any, Any, list[Any]]:  # fmt: skip
         summed = 2 if weighted else 1
-        both, *others = formula.runner("cuda").total(arguments, dtype, summed, scale, weighted and mean)
+        both, *others = formula.runner("cuda").total(arguments, dtype, axes, summed, scale, weighted and mean)
         return both[0:1].reshape(()), both[1:2].reshape(()), others
 
     @_here

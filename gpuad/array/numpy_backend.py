@@ -147,14 +147,21 @@ class NumpyBackend(Backend):
         indices.check(np.where(labels == ignore, 0, labels), classes, "class index", False)
         return False
 
+    def rows(
+        self, formula: Formula, arguments: Sequence[Any], dtype: np.dtype, axes: tuple[int, ...]
+    ) -> list[np.ndarray]:
+        return formula.runner("numpy")(self.cast_operands(formula, arguments, dtype), dtype, axes)
+
     def row_total(
-        self, formula: Formula, arguments: Sequence[Any], dtype: np.dtype, weighted: bool, scale: float, mean: bool
-    ) -> tuple[Any, Any, list[Any]]:
-        results = formula.runner("numpy")(arguments, dtype)
+        self, formula: Formula, arguments: Sequence[Any], dtype: np.dtype, axes: tuple[int, ...], weighted: bool,
+        scale: float, mean: bool,
+    ) -> tuple[Any, Any, list[Any]]:  # fmt: skip
+        results = self.rows(formula, arguments, dtype, axes)
+        over = tuple(range(results[0].ndim))
         if not weighted:
-            return host_sum(results[0], (0,), False, None, scale), None, results[1:]
-        weights = host_sum(results[1], (0,))
-        total = host_sum(results[0], (0,), False, None, scale)
+            return host_sum(results[0], over, False, None, scale), None, results[1:]
+        weights = host_sum(results[1], over)
+        total = host_sum(results[0], over, False, None, scale)
         if mean:
             with np.errstate(all="ignore"):
                 total = np.asarray(total / weights)

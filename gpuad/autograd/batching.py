@@ -110,17 +110,23 @@ def elementwise(batch: Batch, op: Any, inputs: Sequence[Any], params: dict) -> A
 
 
 def rows(batch: Batch, op: Any, inputs: Sequence[Any], params: dict) -> Any:
-    """A formula of rows: the rows of all examples, one example after the other."""
-    formula = op.formula
-    kinds = [v.level for v in formula.inputs]
-    several = [k in ("element", "row") or not batch.has(x) for k, x in zip(kinds, inputs, strict=True)]
-    if not all(several) or not all(k in ("element", "row") for k in formula.levels[: op.visible]):
+    """A formula of rows: the rows of all examples."""
+    shared = [level in ("column", "scalar") for level in op.input_levels]
+    levels = op.formula.levels[: op.visible]
+    if "scalar" in levels or any(batch.has(x) for x, alike in zip(inputs, shared, strict=True) if alike):
         return loop(batch, op, inputs, params)
-    count = next(x._data.shape[0] for k, x in zip(kinds, inputs, strict=True) if k in ("element", "row"))
-    flat = [
-        x if k in ("scalar", "column") else batch.front(x).reshape((batch.size * count, *x._data.shape[1:]))
-        for k, x in zip(kinds, inputs, strict=True)
+    axes = params["axes"]
+    front = [x if alike else batch.front(x) for x, alike in zip(inputs, shared, strict=True)]
+    moved = {**params, "axes": tuple([i + 1 for i in axes])}
+    if "column" not in levels:
+        return op(*front, **moved)
+    # Each example has sums over rows of its own, which are taken behind the formula.
+    full = op.formula.of(op.formula.outputs[: op.visible], ["element" if v == "column" else v for v in levels])
+    results = op.derived(op.name, full)(*front, **moved)
+    ndim = inputs[op.first]._data.ndim
+    others = [i + 1 for i in range(ndim) if i not in axes]
+    summed = [
+        r.sum(others) if level == "column" else r
+        for r, level in zip(results if op.several else (results,), levels, strict=True)
     ]
-    result = op(*flat)
-    parts = [r.reshape((batch.size, count, *r._data.shape[1:])) for r in (result if op.several else (result,))]
-    return tuple(parts) if op.several else parts[0]
+    return tuple(summed) if op.several else summed[0]

@@ -43,8 +43,7 @@ class Elementwise(Op):
     Operands broadcast and are promoted as in PyTorch; they are Tensors of one device, or numbers. A formula with
     several outputs returns a tuple of Tensors.
 
-    hidden: how many of the last outputs are not returned, only kept for the derivative (a row's statistics). A formula
-    with row functions takes and gives matrices and vectors with one value a row, and does not broadcast.
+    hidden: how many of the last outputs are not returned, only kept for the derivative.
     """
 
     operator = ""
@@ -73,15 +72,12 @@ class Elementwise(Op):
         self.names = [v.name for v in formula.inputs]
         self.visible = len(formula.outputs) - hidden
         self.several = self.visible > 1
-        if formula.is_row:
-            formula.statistics = frozenset(range(self.visible, len(formula.outputs)))
-        self._by_column = any(v.level == "column" for v in formula.inputs)
         self.differentiable = not all(formula.bool_outputs)
-        self._plans: dict[Any, Plan] = {}
+        self._plans: dict[Any, Any] = {}
         self._tangent_ops: dict[tuple[Any, ...], Elementwise] = {}
         masks = [i for i, v in enumerate(formula.inputs) if v.kind != "number"]
         # The quick way is for one or two float Tensors of one device, dtype and shape.
-        self._quick = not masks and len(formula.outputs) == 1 and self.arity <= 2 and not formula.is_row
+        self._quick = not masks and len(formula.outputs) == 1 and self.arity <= 2
         signature = [f"{n}={self.defaults[n]!r}" if n in self.defaults else n for n in self.names]
         self.signature = f"{name}({', '.join(signature)})"
 
@@ -119,7 +115,7 @@ class Elementwise(Op):
             if named.pop("inplace", False):
                 return self.in_place(*inputs, **named)
             inputs = self._bind(inputs, named)
-        return self._general(inputs)
+        return self._general(inputs, {})
 
     def _unary(self, x: Tensor, *arguments: Any) -> Tensor:
         """One Tensor, and perhaps a number as the second operand."""
@@ -195,8 +191,11 @@ class Elementwise(Op):
             raise TypeError(f"{self.signature} has no parameter {next(iter(named))!r}.")
         return tuple(bound)
 
-    def _general(self, inputs: Sequence[Any]) -> Any:
-        """Any operands: bare arrays, numbers, mixed dtypes, broadcasting, symbols, dual numbers."""
+    def _general(self, inputs: Sequence[Any], params: dict) -> Any:
+        """Any operands: bare arrays, numbers, mixed dtypes, broadcasting, symbols, dual numbers.
+
+        params: what besides operands says what is computed; the axes of row operations.
+        """
         tensors = bare = False
         for x in inputs:
             if isinstance(x, Tensor):
@@ -207,25 +206,25 @@ class Elementwise(Op):
                 bare = True
         if not tensors:
             if bare and not any(isinstance(x, (list, tuple, np.generic, str)) for x in inputs):
-                return self._on_arrays(inputs)
+                return self._on_arrays(inputs, params)
             inputs = [as_operand(self.name, x) for x in inputs]
             if self.arity == 1 or not any(isinstance(x, Tensor) for x in inputs):
                 inputs = [wrap(_number_array(inputs[0])), *inputs[1:]]
         elif bare:
             inputs = [as_operand(self.name, x) for x in inputs]
         if Interpreters.active:
-            result = Interpreters.apply(self, inputs, {})
+            result = Interpreters.apply(self, inputs, params)
             if result is not NotImplemented:
                 return result
         device = check_devices(self.name, inputs, self.names)
         arrays = [x._data if isinstance(x, Tensor) else x for x in inputs]
-        results, dtype = self._compute(device, inputs, arrays, None)
+        results, dtype = self._compute(device, inputs, arrays, **params)
         outs = [wrap(r, device) for r in results[: self.visible]]
         if state.enabled and self.differentiable and any([isinstance(x, Tensor) and x._requires_grad for x in inputs]):
-            self._record(inputs, arrays, outs, dtype, device, results)
+            self._record(inputs, arrays, outs, dtype, device, results, **params)
         return tuple(outs) if self.several else outs[0]
 
-    def _compute(self, device: Device, inputs: Sequence[Any], arrays: Sequence[Any], outs: Any) -> tuple[list, Any]:
+    def _compute(self, device: Device, inputs: Sequence[Any], arrays: Sequence[Any]) -> tuple[list, Any]:
         formula = self.formula
         dtype = promoted_dtype([arrays[i] for i in formula.promoted], formula.needs_float)
         if dtype.kind == "b" and formula.refuses_bools:
@@ -233,7 +232,7 @@ class Elementwise(Op):
                 f"{self.name} takes numbers, not bools; convert first, e.g. x.int(), or use logical_not(x)."
             )
         try:
-            results = device.backend.elementwise_mixed(formula, arrays, dtype, outs)
+            results = device.backend.elementwise_mixed(formula, arrays, dtype)
         except ValueError as error:
             shapes = [tuple(a.shape) for a in arrays if not isinstance(a, NUMBERS)]
             if _broadcasts(shapes):
@@ -241,10 +240,10 @@ class Elementwise(Op):
             raise broadcast_error(self.name, inputs, self.names) from error
         return (results if len(formula.outputs) > 1 else [results]), dtype
 
-    def _on_arrays(self, inputs: Sequence[Any]) -> Any:
+    def _on_arrays(self, inputs: Sequence[Any], params: dict) -> Any:
         """Bare arrays in, bare arrays out: how rules run in a plain backward pass."""
         first = next(x for x in inputs if not isinstance(x, NUMBERS))
-        results, _ = self._compute(of_array(first), inputs, inputs, None)
+        results, _ = self._compute(of_array(first), inputs, inputs, **params)
         return tuple(results[: self.visible]) if self.several else results[0]
 
     def inline(self, inputs: Sequence[Any]) -> Any:
@@ -265,6 +264,7 @@ class Elementwise(Op):
         dtype: np.dtype,
         device: Device,
         results: Sequence[Any],
+        **params: Any,
     ) -> None:
         wanted = tuple([i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x._requires_grad])
         plan = self.plan(wanted)
@@ -279,15 +279,10 @@ class Elementwise(Op):
             [(x._data.shape, x._data.dtype) if isinstance(x, Tensor) and i in wanted else None
              for i, x in enumerate(inputs)]
         )  # fmt: skip
-        shape = outs[0]._data.shape
-        if self.formula.is_row:
-            if not self._by_column and all([e is None or e[1] == dtype for e in layout]):
-                layout = None
-        elif all([e is None or e == (shape, dtype) for e in layout]) and all(
-            [not isinstance(arrays[i], device.backend.array_type) or arrays[i].dtype == dtype for i in plan.inputs]
-        ):
+        if self._alike(layout, plan, arrays, outs[0]._data, device):
             layout = None
-        info = (plan, layout) if not self.several else (plan, layout, [(o._data.shape, o._data.dtype) for o in outs])
+        shapes = [(o._data.shape, o._data.dtype) for o in outs] if self.several else None
+        info = (plan, layout, shapes, *params.values())
         version = sum([c[0] for c in cells])
         node = Node(self, tuple(parents), tuple(saved), tuple(cells), version, info, device)
         for i, out in enumerate(outs):
@@ -295,6 +290,12 @@ class Elementwise(Op):
                 continue
             out._node = OutputNode(node, i) if self.several else node
             out._requires_grad = True
+
+    def _alike(self, layout: Any, plan: Any, arrays: Sequence[Any], out: Any, device: Device) -> bool:
+        """Whether gradients need neither be summed to the shapes of their operands nor cast to their dtypes."""
+        return all([e is None or e == (out.shape, out.dtype) for e in layout]) and all(
+            [not isinstance(arrays[i], device.backend.array_type) or arrays[i].dtype == out.dtype for i in plan.inputs]
+        )
 
     # Reverse mode -----------------------------------------------------------------------------------------------------
 
@@ -314,8 +315,6 @@ class Elementwise(Op):
                 for i, p in enumerate(node.parents)
             ]
         gradients = self._fill(node, gradient, backend) if self.several else (gradient,)
-        if self.formula.is_row:
-            return plan.rows(self.arity, backend, gradients, layout, node.check())
         return plan.broadcast(node, gradients, layout, saved, walk)
 
     def _fill(self, node: Node, gradients: Sequence[Any], backend: Any) -> tuple[Any, ...]:
@@ -324,6 +323,14 @@ class Elementwise(Op):
             backend.full(shape, 0, dtype if dtype.char in FLOATING else np.dtype(np.float32)) if g is None else g
             for g, (shape, dtype) in zip(gradients, node.info[2], strict=True)
         )
+
+    def derived(self, name: str, formula: Formula) -> Elementwise:
+        """An operation of a formula derived from this one's."""
+        return Elementwise(name, formula, register=False)
+
+    def _params(self, node: Node) -> dict:
+        """What a node's operation was called with besides operands."""
+        return {}
 
     def backward_recorded(self, node: Node, gradient: Any, walk: Any) -> list[Any]:
         plan, layout = node.info[0], node.info[1]
@@ -344,17 +351,15 @@ class Elementwise(Op):
         values: dict[int, Any] = dict.fromkeys(plan.passed, gradients[0])
         if plan.computed:
             if plan.recorded_op is None:
-                plan.recorded_op = Elementwise(plan.recorded.name, plan.recorded, register=False)
-            computed = plan.recorded_op(*gradients, *arguments)
+                plan.recorded_op = self.derived(plan.recorded.name, plan.recorded)
+            computed = plan.recorded_op(*gradients, *arguments, **self._params(node))
             values.update(zip(plan.computed, computed if plan.recorded_op.several else [computed], strict=True))
         result: list[Any] = [None] * self.arity
         for i in plan.wanted:
             value = values[i]
             if layout is not None:
                 shape, dtype = layout[i]
-                if i in plan.columns:
-                    value = value.sum(0)
-                elif value._data.shape != shape:
+                if value._data.shape != shape:
                     value = value.sum_to_size(shape)
                 if value._data.dtype != dtype:
                     value = value.to(dtype)
@@ -376,11 +381,10 @@ class Elementwise(Op):
             if apart:
                 first = len(self.formula.outputs)
                 formula = formula.of(formula.outputs[first:][:count], formula.levels[first:][:count])
-            op = Elementwise(f"{self.name}_jvp", formula, register=False)
-            self._tangent_ops[key] = op
-        results = op(*inputs, *given)
+            op = self._tangent_ops[key] = self.derived(f"{self.name}_jvp", formula)
+        results = op(*inputs, *given, **params)
         if apart:
-            value, results = self(*inputs), results if op.several else (results,)
+            value, results = self(*inputs, **params), results if op.several else (results,)
             values, derivatives = value if self.several else (value,), list(results)
         else:
             values, derivatives = results[:count], list(results[len(self.formula.outputs) :][:count])
@@ -390,8 +394,7 @@ class Elementwise(Op):
         return (values, derivatives) if self.several else (values[0], derivatives[0])
 
     def batch(self, batch: batching.Batch, inputs: Sequence[Any], params: dict) -> Any:
-        rule = batching.rows if self.formula.is_row else batching.elementwise
-        return rule(batch, self, inputs, params)
+        return batching.elementwise(batch, self, inputs, params)
 
     # In place ---------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from gpuad.autograd.column_sums import column_sums
 from gpuad.autograd.node import WRITTEN, Node
 from gpuad.kernels.formula import Derivative
 from gpuad.tensor import Tensor
@@ -20,11 +19,10 @@ class Plan:
     inputs, outputs: which of the op's inputs and outputs are saved. passed: wanted inputs whose gradient is the
     incoming one itself. formula: the others together, as a formula of (gradients, saved…); None where there are none.
     recorded: what is run and recorded in their place when derivatives are differentiated, as an op once that happens.
-    columns: inputs of a row formula with one value a column; sums: those that are not in `formula`, see column_sums.py.
     """
 
     __slots__ = ("wanted", "inputs", "outputs", "visible_outputs", "passed", "computed", "formula", "single",
-                 "columns", "sums", "in_formula", "recorded", "recorded_op")  # fmt: skip
+                 "recorded", "recorded_op")  # fmt: skip
 
     def __init__(self, op: Elementwise, wanted: tuple[int, ...]) -> None:
         derivative: Derivative = op.formula.vjp(wanted, op.visible, op.keeps_output)
@@ -33,14 +31,12 @@ class Plan:
         self.wanted = wanted
         self.inputs, self.outputs = derivative.inputs, derivative.outputs
         results = dict(zip(wanted, full.outputs, strict=True))
-        self.passed = frozenset(i for i, r in results.items() if r is cotangents[0])
-        self.computed = tuple(i for i in wanted if i not in self.passed)
         levels = {i: op.formula.inputs[i].level for i in wanted}
-        self.columns = frozenset(i for i in wanted if levels[i] == "column")
-        self.sums = column_sums(full, results, sorted(self.columns)) if self.columns else None
-        summed = self.sums.places if self.sums else ()
-        self.in_formula = tuple(i for i in self.computed if i not in summed)
-        self.formula = full.of([results[i] for i in self.in_formula], [levels[i] for i in self.in_formula])
+        self.passed = frozenset(
+            i for i, r in results.items() if r is cotangents[0] and levels[i] == op.formula.levels[0]
+        )
+        self.computed = tuple(i for i in wanted if i not in self.passed)
+        self.formula = full.of([results[i] for i in self.computed], [levels[i] for i in self.computed])
         # One formula for each gradient that is summed: a sum behind a formula is one launch.
         alone = () if op.formula.is_row else wanted
         self.single: dict[int, Any] = {i: full.of([results[i]], name=f"{full.name}_{i}") for i in alone}
@@ -100,22 +96,6 @@ class Plan:
             for i in self.wanted:
                 if result[i] is not WRITTEN and result[i].dtype != layout[i][1]:
                     result[i] = backend.cast(result[i], layout[i][1])
-        return result
-
-    def rows(self, arity: int, backend: Any, gradients: Sequence[Any], layout: Any, saved: Sequence[Any]) -> list[Any]:
-        """Of a row formula that has several outputs, several dtypes, or inputs with one value a column."""
-        arguments, dtype = (*gradients, *saved), gradients[0].dtype
-        result: list[Any] = [gradients[0] if i in self.passed else None for i in range(arity)]
-        if self.formula is not None:
-            values = backend.elementwise_mixed(self.formula, arguments, dtype)
-            for i, value in zip(self.in_formula, [values] if len(self.in_formula) == 1 else values, strict=True):
-                result[i] = backend.sum(value, (0,)) if i in self.columns else value
-        if self.sums is not None:
-            for i, value in zip(self.sums.places, self.sums(backend, arguments, dtype), strict=True):
-                result[i] = value
-        if layout is not None:
-            for i in self.wanted:
-                result[i] = backend.cast(result[i], layout[i][1])
         return result
 
 

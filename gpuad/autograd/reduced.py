@@ -21,37 +21,20 @@ from gpuad.tensor import Tensor, wrap
 
 
 class Reduced(Elementwise):
-    """Σ term / total over all elements (rows) of a formula; under autocast in float32, as all losses are.
+    """Σ term / total over all elements of a formula, a 0-d tensor; under autocast in float32, as all losses are.
 
-    The formula's outputs are the term, with `weighted` the weight of each row, and hidden ones. total: 1 for the sum,
-    the number of terms for the mean, the sum of the weights for a weighted mean. Returns a 0-d tensor.
+    total: 1 for the sum, the number of terms for the mean. The sum over rows is in row_total.py.
     """
 
     keeps_output = False  # the output is the sum, not the term
 
-    def __init__(
-        self,
-        name: str,
-        term: Callable,
-        samples: Sequence[Any] = (),
-        doc: str = "",
-        rows: Sequence[str] = (),
-        labels: Sequence[str] = (),
-        scalars: Sequence[str] = (),
-        weighted: bool = False,
-    ) -> None:
-        self.term = trace(term, name, rows, labels, scalars)
-        self.weighted = weighted
-        # The formula that is differentiated: term · scale (or term / total), with what is kept.
+    def __init__(self, name: str, term: Callable, samples: Sequence[Any] = (), doc: str = "") -> None:
+        self.term = trace(term, name)
+        # The formula that is differentiated.
         scale = variable("scale", "number", "scalar")
-        first = self.term.outputs[0] / scale if weighted else self.term.outputs[0] * scale
-        kept = self.term.outputs[2 if weighted else 1 :]
-        levels = [self.term.levels[0], *self.term.levels[len(self.term.outputs) - len(kept) :]]
-        scaled = Formula(name, [*self.term.inputs, scale], [first, *kept], levels)
-        super().__init__(name, scaled, samples, doc, hidden=len(kept), autocast="float32")
-        self.term.statistics = frozenset(range(len(self.term.outputs) - len(kept), len(self.term.outputs)))
+        scaled = Formula(name, [*self.term.inputs, scale], [self.term.outputs[0] * scale], self.term.levels)
+        super().__init__(name, scaled, samples, doc, autocast="float32")
         self._promoted = frozenset(self.term.promoted)
-        self.first_element = next((i for i, v in enumerate(self.term.inputs) if v.level == "element"), 0)
 
     def __call__(self, *inputs: Any, mean: bool = True) -> Any:
         device: Any = None
@@ -82,30 +65,19 @@ class Reduced(Elementwise):
                 return result
         term = self.term
         layout: Any = None
-        kept: Sequence[Any] = ()
         if not alike or dtype.char not in FLOATING:
             inputs = tuple([as_operand(self.name, x) for x in inputs])
             device = check_devices(self.name, inputs, self.names)
             arrays = [x._data if isinstance(x, Tensor) else x for x in inputs]
             dtype = promoted_dtype([arrays[i] for i in term.promoted], term.needs_float)
-            if not term.is_row:
-                shape, layout = self._shapes(inputs, dtype)
+            shape, layout = self._shapes(inputs, dtype)
         backend = device.backend
-        if term.is_row:
-            shape = arrays[self.first_element].shape[:1]
-            operands = arrays if alike else backend.cast_operands(term, arrays, dtype)
-            scale = _scale(mean and not self.weighted, shape[0])
-            out, weights, kept = backend.row_total(term, operands, dtype, self.weighted, scale, mean)
-            if self.weighted and mean:
-                scale = weights
-        else:
-            scale = _scale(mean, math.prod(shape))
-            if layout is not None:
-                arrays = backend.cast_operands(term, arrays, dtype)
-            out = backend.reduce(term, arrays, dtype, tuple(range(len(shape))), False, scale)
-        made = wrap(out, device)
+        scale = scale_of(mean, math.prod(shape))
+        if layout is not None:
+            arrays = backend.cast_operands(term, arrays, dtype)
+        made = wrap(backend.reduce(term, arrays, dtype, tuple(range(len(shape))), False, scale), device)
         if wanted and state.enabled:
-            self._record_sum(inputs, arrays, kept, wanted, scale, layout, shape, made)
+            self._record_sum(inputs, arrays, wanted, scale, layout, shape, made)
         return made
 
     def _shapes(self, inputs: Sequence[Any], dtype: np.dtype) -> tuple[tuple[int, ...], Any]:
@@ -121,12 +93,12 @@ class Reduced(Elementwise):
         return shape, [(x._data.shape, x._data.dtype) if isinstance(x, Tensor) else None for x in inputs]
 
     def _record_sum(
-        self, inputs: Sequence[Any], arrays: Sequence[Any], kept: Sequence[Any], wanted: tuple[int, ...], scale: Any,
-        layout: Any, shape: tuple[int, ...], out: Tensor,
+        self, inputs: Sequence[Any], arrays: Sequence[Any], wanted: tuple[int, ...], scale: Any, layout: Any,
+        shape: tuple[int, ...], out: Tensor,
     ) -> None:  # fmt: skip
         plan = self.plan(wanted)
         values = (*arrays, scale)
-        saved = [values[i] for i in plan.inputs] + [kept[i - 1] for i in plan.outputs]
+        saved = [values[i] for i in plan.inputs]
         cells = tuple([x._cell for x in [inputs[i] for i in plan.inputs if i < len(inputs)] if isinstance(x, Tensor)])
         parents: list[Any] = [None] * self.arity
         for i in wanted:
@@ -156,33 +128,23 @@ class Reduced(Elementwise):
             full = self.formula.jvp(moving).formula
             count = len(self.formula.outputs)
             tangent: Any = full.of(full.outputs[count : count + 1], full.levels[:1])
-            op = Elementwise(f"{self.name}_jvp", tangent, register=False)
-            self._tangent_ops[moving] = op
+            op = self._tangent_ops[moving] = self.derived(f"{self.name}_jvp", tangent)
         derivative = op(*inputs, 1.0, *[t for t in tangents if t is not None])
-        if not params["mean"]:
-            return value, derivative.sum()
-        if not self.weighted:
-            return value, derivative.mean()
-        # The weights come from the labels alone, so nothing moves in them.
-        weights = self.terms(*[x.detach() if isinstance(x, Tensor) else x for x in inputs])[1]
-        return value, derivative.sum() / weights.sum()
+        return value, derivative.mean() if params["mean"] else derivative.sum()
 
     # vmap -------------------------------------------------------------------------------------------------------------
 
     @functools.cached_property
     def terms(self) -> Elementwise:
-        """The terms as an op of their own: (term, weight) with `weighted`, else the term."""
-        count = 2 if self.weighted else 1
-        formula: Any = self.term.of(self.term.outputs[:count], self.term.levels[:count])
-        return Elementwise(f"{self.name}_terms", formula, register=False)
+        """The terms as an operation of their own."""
+        return self.derived(f"{self.name}_terms", self.term)
 
     def batch(self, batch: Batch, inputs: Sequence[Any], params: dict) -> Any:
-        terms = self.terms.batch(batch, inputs, {})
-        term = terms[0] if self.weighted else terms
+        term = self.terms.batch(batch, inputs, {})
         axes = list(range(1, term.ndim))
-        total = (term.sum(axes) if not params["mean"] or self.weighted else term.mean(axes)) if axes else term
-        return total / terms[1].sum(axes) if params["mean"] and self.weighted else total
+        return (term.mean(axes) if params["mean"] else term.sum(axes)) if axes else term
 
 
-def _scale(mean: bool, count: int) -> float:
+def scale_of(mean: bool, count: int) -> float:
+    """What a sum is multiplied with."""
     return 1.0 if not mean else 1.0 / count if count else math.nan

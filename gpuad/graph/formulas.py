@@ -12,6 +12,7 @@ from gpuad.array.dtypes import FLOATING
 from gpuad.autograd.elementwise import Elementwise
 from gpuad.autograd.primitive import Primitive
 from gpuad.autograd.reduced import Reduced
+from gpuad.autograd.row_total import RowTotal
 from gpuad.kernels import derive
 from gpuad.kernels.expr import Expr, constant, substitute, to_text, variable
 from gpuad.kernels.formula import Formula
@@ -114,14 +115,12 @@ def programs(op: Any, wanted: tuple[int, ...], dtype: np.dtype) -> dict[str, str
     """What is run for the op: for formulas the generated NumPy and CUDA sources, forward and backward, else Python."""
     found: dict[str, str] = {}
     if isinstance(op, Elementwise):
-        _add_programs(found, "forward", op.term if isinstance(op, Reduced) else op.formula, dtype)
+        _add_programs(found, "forward", op.term if isinstance(op, (Reduced, RowTotal)) else op.formula, dtype)
         if wanted and op.differentiable:
-            computed, sums = op.plan(wanted).formula, op.plan(wanted).sums
-            if sums is not None:
-                _add_programs(found, "backward, summed over the rows", sums.formula, dtype)
-            elif computed is None:
+            computed = op.plan(wanted).formula
+            if computed is None:
                 found["NumPy, backward"] = found["CUDA, backward"] = "The gradient is passed on as it is: nothing runs."
-            if computed is not None:
+            else:
                 _add_programs(found, "backward", computed, dtype)
     elif isinstance(op, Primitive):
         for title, function in (("forward", op.forward), *((f"rule of {n}", r.function) for n, r in op.rules.items())):
@@ -133,13 +132,22 @@ def programs(op: Any, wanted: tuple[int, ...], dtype: np.dtype) -> dict[str, str
 
 
 def _add_programs(found: dict[str, str], title: str, formula: Formula, dtype: np.dtype) -> None:
-    runner = formula.runner("numpy")
     if formula.is_row:
-        program = runner.program(frozenset(i for i, v in enumerate(formula.inputs) if v.level == "scalar"))
+        _add_row_programs(found, title, formula.runner("numpy"))
     else:
-        program = runner.whole(frozenset(), frozenset(range(len(formula.inputs))))
-    found[f"NumPy, {title}"] = program.source
+        program = formula.runner("numpy").whole(frozenset(), frozenset(range(len(formula.inputs))))
+        found[f"NumPy, {title}"] = program.source
     if dtype.char in FLOATING:
         source = formula.runner("cuda").source(dtype)
         kernel = source.find('extern "C"')  # a row kernel comes with its library of reductions
         found[f"CUDA, {title}"] = source[max(kernel, 0) :].strip()
+
+
+def _add_row_programs(found: dict[str, str], title: str, runner: Any) -> None:
+    if runner.rows is not None:
+        scalars = frozenset(i for i, v in enumerate(runner.formula.inputs) if v.level == "scalar")
+        found[f"NumPy, {title}"] = runner.rows.program(scalars).source
+    sums = runner.apart.sums
+    if sums is not None:
+        program = sums.formula.runner("numpy").whole(frozenset(), frozenset(range(len(sums.formula.inputs))))
+        found[f"NumPy, {title}, summed over the rows"] = program.source

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gpuad.kernels.expr import Constant, Expr, ScalarFunction, Variable, constant, topological
-from gpuad.kernels.scalar import add, column_index, mul, neg, row_at, row_sum, where
+from gpuad.kernels.scalar import add, column_index, mul, neg, row_at, row_size, row_sum, where
 
 ZERO = constant(0.0)
 ONE = constant(1.0)
@@ -73,10 +73,15 @@ def _sum(a: Expr | None, b: Expr) -> Expr:
 def vjp(outputs: Sequence[Expr], cotangents: Sequence[Expr], wanted: Sequence[Variable]) -> list[Expr]:
     """The cotangent of each wanted variable: Σ over outputs of cotangent · ∂output/∂variable; 0 where unconnected."""
     order = topological(outputs)
-    if len(outputs) == 1 and not any(node.function.across for node in order):
+    if len(outputs) == 1 and not _by_row(order):
         # Elementwise with one output: the derivative itself first, so that its parts are shared with the value.
         return [_chain(cotangents[0], d) for d in _partials(outputs[0], wanted, order)]
     return _reverse(outputs, cotangents, wanted, order)
+
+
+def _by_row(order: Sequence[Expr]) -> bool:
+    """Whether sums along rows are among the derivatives."""
+    return any(n.function.across or (isinstance(n, Variable) and n.level == "row") for n in order)
 
 
 def _reverse(
@@ -91,28 +96,33 @@ def _reverse(
         if any(a in active and _partial(node.function, i) is not None for i, a in enumerate(node.args)):
             active.add(node)
     adjoint: dict[Expr, Expr] = {}
-    for output, cotangent in zip(outputs, cotangents, strict=True):
-        if output in active:
-            adjoint[output] = _sum(adjoint.get(output), cotangent)
 
-    def contribute(node: Expr, value: Expr) -> None:
+    def contribute(node: Expr, value: Expr, along: bool) -> None:
+        """Add to an adjoint; along: what uses the node does so for each element of a row."""
         # What is summed over the rows, for an input of one value a column, is summed behind the formula.
-        if levels[node] in ("row", "scalar") and level(value, levels) in ("element", "column"):
-            value = row_sum(value)
+        if levels[node] in ("row", "scalar") and value is not ZERO:
+            if level(value, levels) in ("element", "column"):
+                value = row_sum(value)
+            elif along:
+                value = mul(value, row_size())
         adjoint[node] = _sum(adjoint.get(node), value)
 
+    for output, cotangent in zip(outputs, cotangents, strict=True):
+        if output in active:
+            contribute(output, cotangent, False)
     for node in reversed(order):
         if node not in adjoint or node not in active:
             continue
         cotangent = adjoint[node]
+        along = node.function.across == "row" or levels[node] in ("element", "column")
         if node.function is row_at:
             source, place = node.args
-            contribute(source, where(column_index() == place, cotangent, ZERO))
+            contribute(source, where(column_index() == place, cotangent, ZERO), along)
         else:
             for i, argument in enumerate(node.args):
                 partial = _partial(node.function, i)
                 if argument in active and partial is not None:
-                    contribute(argument, _chain(cotangent, partial(*node.args, node)))
+                    contribute(argument, _chain(cotangent, partial(*node.args, node)), along)
     return [adjoint.get(variable, ZERO) for variable in wanted]
 
 
@@ -130,7 +140,7 @@ def _one(*_: Expr) -> Expr:
 def jvp(outputs: Sequence[Expr], tangents: Mapping[Variable, Expr]) -> list[Expr]:
     """The tangent of each output: Σ over variables of ∂output/∂variable · tangent; 0 where unconnected."""
     order = topological(outputs)
-    if not any(node.function.across for node in order):
+    if not _by_row(order):
         return [_elementwise_tangent(output, tangents) for output in outputs]
     return _forward(outputs, tangents, order)
 

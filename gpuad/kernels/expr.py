@@ -198,7 +198,8 @@ _interning = threading.RLock()
 class Variable(Expr):
     """An input of a formula, known by its name.
 
-    kind: "number", "mask" (a condition, left out of dtype promotion) or "label" (an integer, likewise).
+    kind: "number"; left out of dtype promotion are "mask" (a condition), "label" (an integer) and "state" (a number
+        that the formula gives a new value, in place).
     level: "element"; in row formulas also "row" and "column", for one value a row or column, and "scalar".
     """
 

@@ -38,7 +38,12 @@ class Formula:
     """Output expressions over input variables, in the order in which they are passed."""
 
     def __init__(
-        self, name: str, inputs: Sequence[Variable], outputs: Sequence[Expr], levels: Sequence[str] | None = None
+        self,
+        name: str,
+        inputs: Sequence[Variable],
+        outputs: Sequence[Expr],
+        levels: Sequence[str] | None = None,
+        is_row: bool = False,
     ) -> None:
         self.name = name
         self.inputs = tuple(inputs)
@@ -57,13 +62,20 @@ class Formula:
         # Conditions and labels keep their own dtype; the others are promoted together.
         self.promoted = tuple(i for i, v in enumerate(self.inputs) if v.kind == "number")
         self.bool_outputs = tuple(_is_bool(o) for o in self.outputs)
-        # A row formula has row functions, or inputs with one value a row or column; elements are (rows, columns).
+        # A row formula has row functions, or inputs with one value a row or column, or is derived from one that has.
         known: dict[Expr, str] = {}
         found = [derive.level(o, known) for o in self.outputs]
-        self.is_row = any(n.function.across for n in known) or any(v.level in ("row", "column") for v in self.inputs)
-        self.levels = tuple(map(_output_level, found if levels is None else levels))
+        self.is_row = (
+            is_row or any(n.function.across for n in known) or any(v.level in ("row", "column") for v in self.inputs)
+        )
+        # An output of level "column" is a sum over rows; what merely depends on columns is given for each element.
+        self.levels = tuple(
+            ["element" if level == "column" else level for level in found] if levels is None else levels
+        )
         # Outputs that are kept for the derivative only, the statistics of rows: not rounded to float16.
         self.statistics: frozenset[int] = frozenset()
+        # Outputs that are written to an input (a state), by that input's place; they come last and are not returned.
+        self.states: dict[int, int] = {}
         self.ufunc: np.ufunc | None = None if self.is_row else single_ufunc(self)
 
     def __repr__(self) -> str:
@@ -84,7 +96,7 @@ class Formula:
 
     def of(self, outputs: Sequence[Expr], levels: Sequence[str] | None = None, name: str = "") -> Formula | None:
         """Other outputs of the same inputs; None when there are none."""
-        return Formula(name or self.name, self.inputs, outputs, levels) if outputs else None
+        return Formula(name or self.name, self.inputs, outputs, levels, self.is_row) if outputs else None
 
     def vjp(self, wanted: tuple[int, ...], visible: int | None = None, keep_output: bool = True) -> Derivative:
         """The cotangents of the wanted inputs, as a formula of the outputs' cotangents and what must be saved.
@@ -118,7 +130,7 @@ class Formula:
                 placeholders[output] = self._fresh(f"y{i}", self.levels[i])
                 if i >= visible:
                     hidden[placeholders[output]] = output
-        levels = [_output_level(self.inputs[i].level) for i in wanted]
+        levels = [self.inputs[i].level for i in wanted]
         from_inputs = self._kept(results, first, {}, {}, levels)
         if not placeholders:
             return from_inputs
@@ -139,8 +151,8 @@ class Formula:
         outputs = tuple(sorted(i for v, i in chosen.items() if v in used))
         parameters = [*first, *(self.inputs[i] for i in inputs), *(placeholders[self.outputs[i]] for i in outputs)]
         name = f"{self.name}_vjp"
-        recorded = Formula(name, parameters, written_out, levels)
-        return Derivative(Formula(name, parameters, results, levels), inputs, outputs, recorded)
+        recorded = Formula(name, parameters, written_out, levels, self.is_row)
+        return Derivative(Formula(name, parameters, results, levels, self.is_row), inputs, outputs, recorded)
 
     def _weight(self, derivative: Derivative) -> int:
         """How many full-sized buffers it keeps alive; one value a row is next to nothing."""
@@ -163,7 +175,8 @@ class Formula:
                 tangents[v] = self._fresh(f"d{v.name}", v.level, tangents.values())
             results = derive.jvp(self.outputs, tangents)
             parameters = [*self.inputs, *tangents.values()]
-            formula = Formula(f"{self.name}_jvp", parameters, [*self.outputs, *results], self.levels * 2)
+            outputs = [*self.outputs, *results]
+            formula = Formula(f"{self.name}_jvp", parameters, outputs, self.levels * 2, self.is_row)
             found = self._jvp[moving] = Derivative(formula, tuple(range(len(self.inputs))), (), formula)
         return found
 
@@ -178,11 +191,6 @@ class Derivative(NamedTuple):
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     recorded: Formula
-
-
-def _output_level(level: str) -> str:
-    """No output has one value a column: the gradient of such an input is summed over the rows behind the formula."""
-    return "element" if level == "column" else level
 
 
 def _is_bool(node: Expr) -> bool:
@@ -211,15 +219,16 @@ def trace(
     labels: Sequence[str] = (),
     scalars: Sequence[str] = (),
     columns: Sequence[str] = (),
+    absent: Sequence[str] = (),
 ) -> Formula:
     """Call `function` once with symbolic numbers, one for each of its parameters, and return its formula.
 
     rows, columns, scalars: parameters with one value a row, a column, or in all (in row formulas); labels: integers
-    (left out of promotion).
+    (left out of promotion); absent: those that the function gets None for, and the formula does not have.
     Raises FormulaError, saying what to write instead, where the function is not elementwise.
     """
     title: str = name if name else getattr(function, "__name__", "formula")
-    parameters = inspect.signature(function).parameters.values()
+    parameters = list(inspect.signature(function).parameters.values())
     for p in parameters:
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             raise FormulaError(
@@ -227,9 +236,12 @@ def trace(
             )
     levels = {**dict.fromkeys(rows, "row"), **dict.fromkeys(columns, "column"), **dict.fromkeys(scalars, "scalar")}
     inputs = [
-        variable(p.name, "label" if p.name in labels else "number", levels.get(p.name, "element")) for p in parameters
+        variable(p.name, "label" if p.name in labels else "number", levels.get(p.name, "element"))
+        for p in parameters
+        if p.name not in absent
     ]
-    result = function(*inputs)
+    given = iter(inputs)
+    result = function(*[None if p.name in absent else next(given) for p in parameters])
     results = list(result) if isinstance(result, (tuple, list)) else [result]
     if not results:
         raise FormulaError(f"The formula {title} returns nothing; return the expression to compute.")

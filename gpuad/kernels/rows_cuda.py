@@ -1,114 +1,44 @@
-"""A row formula as one CUDA kernel: a warp a row, or a block of threads for long rows.
+"""A row formula as one CUDA launch: how it is cut into blocks, and the call.
 
-The row functions are put in stages: those of one stage need only the results of earlier stages, so one pass over the
-row feeds them all, and a last pass writes the elements. Elements are read again in each pass (from cache) rather than
-kept. Strides are arguments, so broadcast and transposed operands are read where they lie, and results lie as they do.
-A sum over the rows (a loss) is part of the same launch, see last_block.py.
+The source is in rows_source.py. Strides are arguments, so broadcast and transposed operands are read where they lie,
+and rows and columns may each be several axes. A sum over the rows (a loss) is part of the same launch, see
+last_block.py; so are outputs with one value a column, see column_sums.py: blocks of their own compute them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from gpuad.array.backend import Backend
 from gpuad.array.device import of_array
-from gpuad.array.order import memory_order
-from gpuad.kernels import cuda_source, derive, last_block
-from gpuad.kernels.cuda_source import C_TYPES, PREAMBLE, compute_dtype, dtype_codes, dtype_names, literal
-from gpuad.kernels.expr import Constant, Expr, Variable, topological
-from gpuad.kernels.scalar import column, row_at, row_length, row_logsumexp, row_max, row_sum, where
+from gpuad.kernels import last_block
+from gpuad.kernels.column_sums import apart
+from gpuad.kernels.cuda_source import compute_dtype, dtype_codes, dtype_names
+from gpuad.kernels.rows_source import ROWS, Beside, RowSource
+from gpuad.kernels.strides_cuda import merged, words
+from gpuad.kernels.sum_cuda import SumKernel
 
 if TYPE_CHECKING:
     from gpuad.kernels.formula import Formula
 
 # Rows of up to so many elements have a warp each, ROWS of them in a block: no barriers, and no idle threads.
 WARP_COLUMNS = 1024
-ROWS = 8
-
-# What a kernel is told of the matrices: their lengths (C: the columns), and the strides of those that it makes.
-_SIZES = ("rows", "C", "out_row", "out_column")
-
-# The levels of what differs along a row.
-_ACROSS = ("element", "column")
-
-# Reductions by all threads of a row; every thread gets the result. A running maximum and sum make logsumexp one pass
-# (Milakov & Gimelshein, arXiv:1805.02867); an infinite maximum is its own result.
-_WARP = r"""
-template <typename T> __device__ inline T gpuad_row_sum(T x, T* shared) {
-  for (int n = 16; n > 0; n >>= 1) x += __shfl_xor_sync(0xffffffffu, x, n);
-  return x;
-}
-template <typename T> __device__ inline T gpuad_row_max(T x, T* shared) {
-  for (int n = 16; n > 0; n >>= 1) x = gpuad_maximum(x, __shfl_xor_sync(0xffffffffu, x, n));
-  return x;
-}
-"""
-_BLOCK = r"""
-template <typename T> __device__ inline T gpuad_row_sum(T x, T* shared) {
-  __syncthreads();
-  shared[threadIdx.x] = x;
-  __syncthreads();
-  for (unsigned n = blockDim.x >> 1; n > 0; n >>= 1) {
-    if (threadIdx.x < n) shared[threadIdx.x] += shared[threadIdx.x + n];
-    __syncthreads();
-  }
-  return shared[0];
-}
-template <typename T> __device__ inline T gpuad_row_max(T x, T* shared) {
-  __syncthreads();
-  shared[threadIdx.x] = x;
-  __syncthreads();
-  for (unsigned n = blockDim.x >> 1; n > 0; n >>= 1) {
-    if (threadIdx.x < n) shared[threadIdx.x] = gpuad_maximum(shared[threadIdx.x], shared[threadIdx.x + n]);
-    __syncthreads();
-  }
-  return shared[0];
-}
-"""
-_LOGSUMEXP = r"""
-template <typename T> __device__ inline void gpuad_online(T x, T& highest, T& total) {
-  if (x != x) { highest = x; total = x; }
-  else if (x > highest) { total = total * exp(highest - x) + T(1); highest = x; }
-  else if (x - x == T(0)) total += exp(x - highest);
-  else if (x > T(0)) total += T(1);
-}
-template <typename T> __device__ inline T gpuad_row_logsumexp(T highest, T total, T* shared) {
-  T top = gpuad_row_max(highest, shared);
-  if (!(top - top == T(0))) return top;
-  T sum = gpuad_row_sum(total == T(0) ? T(0) : total * exp(highest - top), shared);
-  return top + log(sum);
-}
-"""
-
-# After the rows: their terms and weights summed over the block, then, by the last block, over all.
-_TOTALS = r"""
-__shared__ {T} totals[2][{rows}];
-if (threadIdx.x == 0) {{ totals[0][threadIdx.y] = term_sum; totals[1][threadIdx.y] = weight_sum; }}
-__syncthreads();
-if (threadIdx.x == 0 && threadIdx.y == 0) {{
-  for (unsigned i = 1; i < blockDim.y; ++i) {{ term_sum += totals[0][i]; weight_sum += totals[1][i]; }}
-  partials[2 * blockIdx.x] = term_sum; partials[2 * blockIdx.x + 1] = weight_sum;
-}}
-if (!gpuad_is_last_block(counters, gridDim.x) || threadIdx.y > 0 || threadIdx.x >= 32) return;
-term_sum = 0; weight_sum = 0;
-for (unsigned i = threadIdx.x; i < gridDim.x; i += 32) {{
-  term_sum += partials[2 * i]; weight_sum += partials[2 * i + 1];
-}}
-for (int n = 16; n > 0; n >>= 1) {{
-  term_sum += __shfl_xor_sync(0xffffffffu, term_sum, n); weight_sum += __shfl_xor_sync(0xffffffffu, weight_sum, n);
-}}
-if (threadIdx.x == 0) {{
-  total[0] = ({stored})(mean ? term_sum / weight_sum : term_sum * scale); total[1] = ({stored})weight_sum;
-}}
-"""
 
 
-def _fault_source() -> str:
-    from gpuad.array.cupy_backend import FAULT_SOURCE
+class _Plan(NamedTuple):
+    """How a call is launched, made once for each set of shapes and strides."""
 
-    return FAULT_SOURCE
+    kernel: Any
+    blocks: int
+    block: tuple[int, int]
+    shared: int
+    layout: np.ndarray
+    shapes: list[tuple[int, ...]]  # of the outputs
+    beside: Any  # the plan of the column sums in the same launch
 
 
 class RowKernel:
@@ -116,298 +46,193 @@ class RowKernel:
 
     def __init__(self, formula: Formula) -> None:
         self.formula = formula
+        self.apart = apart(formula)
+        self._rows: Any = None if self.apart.rows is None else RowSource(self.apart.rows)
+        self._sums: Any = None if self.apart.sums is None else SumKernel(self.apart.sums.formula)
         self._kernels: dict[tuple, Any] = {}
-        self.known: dict[Expr, str] = {}
-        for output in formula.outputs:
-            derive.level(output, self.known)
-        self.checks = any(node.function is row_at for node in topological(formula.outputs))
+        self._plans: dict[tuple, _Plan] = {}
 
-    def _level(self, node: Expr) -> str:
-        return derive.level(node, self.known)
-
-    def _stages(self) -> list[list[Expr]]:
-        """The row functions in order, those of one stage feeding on one pass."""
-        depth: dict[Expr, int] = {}
-        stages: list[list[Expr]] = []
-        for node in topological(self.formula.outputs):
-            below = max((depth[a] for a in node.args), default=0)
-            depth[node] = below
-            if node.function.across == "row":
-                depth[node] = below + 1
-                while len(stages) <= below:
-                    stages.append([])
-                stages[below].append(node)
-        return stages
-
-    def source(
-        self, dtype: np.dtype | None = None, key: tuple | None = None, warp: bool = True, summed: int = 0
-    ) -> str:
-        """The CUDA C source for numbers computed in `dtype`; key: the dtype name of each array, None for numbers.
-
-        warp: a warp a row instead of a block. summed: how many of the first outputs (terms, and their weights) are only
-        summed over the rows.
-        """
+    def source(self, dtype: np.dtype | None = None) -> str:
+        """The CUDA C source for C-ordered matrices of `dtype` (float32 unless given)."""
         dtype = np.dtype(np.float32) if dtype is None else dtype
-        formula = self.formula
-        if key is None:
-            of_kind = {"number": dtype.name, "label": "int64", "mask": "bool"}
-            key = tuple(of_kind[v.kind] for v in formula.inputs)
-        T = C_TYPES[compute_dtype(dtype).name]
-        c_types = cuda_source.RAW_TYPES
-        parameters, loads_scalar, loads_row = [], [], []
-        names: dict[Expr, str] = {}
-        loads_element: dict[Variable, str] = {}
-        for i, (variable, given) in enumerate(zip(formula.inputs, key, strict=True)):
-            kind = {"number": T, "mask": "bool", "label": "long long"}[variable.kind]
-            names[variable] = f"u{i}"
-            if given is None:
-                parameters.append(f"const {kind} u{i}")
-                self.known[variable] = "scalar"
-                continue
-            parameters.append(f"const {c_types[given]}* p{i}")
-            if variable.level == "scalar":
-                loads_scalar.append(f"const {kind} u{i} = ({kind})p{i}[0];")
-            elif variable.level == "row":
-                parameters.append(f"const long long r{i}")
-                loads_row.append(f"const {kind} u{i} = ({kind})p{i}[row * r{i}];")
-            elif variable.level == "column":
-                parameters.append(f"const long long s{i}")
-                loads_element[variable] = f"const {kind} u{i} = ({kind})p{i}[c * s{i}];"
-            else:
-                parameters += [f"const long long r{i}", f"const long long s{i}"]
-                loads_element[variable] = f"const {kind} u{i} = ({kind})p{i}[row * r{i} + c * s{i}];"
-        stored = c_types[formula.out_dtype(0, dtype).name]
-        for i in range(summed, len(formula.outputs)):
-            parameters.append(f"{c_types[formula.out_dtype(i, dtype).name]}* o{i}")
-        body = self._body(T, names, loads_element, dtype, c_types, summed)
-        before, after = "", ""
-        if summed:
-            parameters += [f"{stored}* total", f"{T}* partials", "unsigned int* counters", f"const {T} scale"]
-            parameters.append("const bool mean")
-            before = f"{T} term_sum = 0, weight_sum = 0;\n"
-            after = _TOTALS.format(T=T, rows=ROWS, stored=stored)
-        fault = ["const unsigned long long u_fault", "const int u_code"] if self.checks else []
-        pieces = [
-            cuda_source.headers((*key, dtype.name)),
-            PREAMBLE,
-            _fault_source() if self.checks else "",
-            _WARP if warp else _BLOCK,
-            _LOGSUMEXP,
-            last_block.SOURCE if summed else "",
-            f'extern "C" __global__ void gpuad_{formula.name}(',
-            ", ".join([*parameters, *fault, *[f"const long long {name}" for name in _SIZES]]),
-            ") {\n",
-            f"extern __shared__ double gpuad_shared[];\n{T}* shared = ({T}*)gpuad_shared;\n",
-            "\n".join(loads_scalar),
-            "\n",
-            before,
-            "for (long long row = (long long)blockIdx.x * blockDim.y + threadIdx.y; row < rows;\n",
-            "     row += (long long)gridDim.x * blockDim.y) {\n",
-            "\n".join([*loads_row, *body]),
-            "\n}\n",
-            after,
-            "}\n",
-        ]
-        return "".join(pieces)
+        of_kind = {"label": "int64", "mask": "bool"}
+        key = [of_kind.get(v.kind, dtype.name) for v in self.formula.inputs]
+        places = () if self.apart.sums is None else self.apart.sums.arguments
+        sums = self._sums and self._sums.source([key[i] for i in places], dtype, (1, 1, True, False))
+        if self._rows is None:
+            return sums[0]
+        return self._rows.write(dtype, key, True, 0, 1, 1, sums and _beside(*sums))
 
-    def _body(
-        self, T: str, names: dict[Expr, str], loads: dict[Variable, str], dtype: np.dtype, c_types: dict, summed: int
-    ) -> list[str]:
-        lines: list[str] = []
-        for n, stage in enumerate(self._stages()):
-            sweeping = [node for node in stage if node.function is not row_at]
-            self._write_rows([a for node in stage for a in node.args], names, lines, T)
-            for node in stage:
-                if node.function is row_at:
-                    self._write_at(node, names, loads, lines, T)
-            if not sweeping:
-                continue
-            for k, node in enumerate(sweeping):
-                start = "0" if node.function is row_sum else "-1.0 / 0.0"
-                lines.append(f"{T} a{n}_{k} = ({T})({start});")
-                if node.function is row_logsumexp:
-                    lines.append(f"{T} b{n}_{k} = ({T})0;")
-            lines.append("for (long long c = threadIdx.x; c < C; c += blockDim.x) {")
-            inside = dict(names)
-            self._write_elements([node.args[0] for node in sweeping], inside, loads, lines, T)
-            for k, node in enumerate(sweeping):
-                value = inside[node.args[0]]
-                if node.function is row_sum:
-                    lines.append(f"a{n}_{k} += {value};")
-                elif node.function is row_max:
-                    lines.append(f"a{n}_{k} = gpuad_maximum(a{n}_{k}, {value});")
-                else:
-                    lines.append(f"gpuad_online({value}, a{n}_{k}, b{n}_{k});")
-            lines.append("}")
-            for k, node in enumerate(sweeping):
-                names[node] = f"w{n}_{k}"
-                call = {row_sum: "sum", row_max: "max", row_logsumexp: "logsumexp"}[node.function]
-                partial = f"a{n}_{k}, b{n}_{k}" if node.function is row_logsumexp else f"a{n}_{k}"
-                lines.append(f"const {T} w{n}_{k} = gpuad_row_{call}({partial}, shared);")
-        self._write_outputs(T, names, loads, dtype, c_types, summed, lines)
-        return lines
+    def __call__(self, arguments: Sequence[Any], dtype: np.dtype, axes: tuple[int, ...]) -> list[Any]:
+        """The outputs, a list of arrays in C order, without those that are written to states.
 
-    def _write_outputs(
-        self, T: str, names: dict[Expr, str], loads: dict, dtype: np.dtype, c_types: dict, summed: int, lines: list[str]
-    ) -> None:
-        formula = self.formula
-        types = [c_types[formula.out_dtype(i, dtype).name] for i in range(len(formula.outputs))]
-        self._write_rows(list(formula.outputs), names, lines, T)
-        for name, output in zip(("term_sum", "weight_sum"), formula.outputs[:summed], strict=False):
-            lines.append(f"if (threadIdx.x == 0) {name} += {self._text(output, names, T)};")
-        by_row = [i for i, level in enumerate(formula.levels) if level != "element" and i >= summed]
-        for i in by_row:
-            lines.append(f"if (threadIdx.x == 0) o{i}[row] = ({types[i]})({self._text(formula.outputs[i], names, T)});")
-        elements = [i for i, level in enumerate(formula.levels) if level == "element"]
-        if elements:
-            lines.append("for (long long c = threadIdx.x; c < C; c += blockDim.x) {")
-            inside = dict(names)
-            self._write_elements([formula.outputs[i] for i in elements], inside, loads, lines, T)
-            for i in elements:
-                place = f"o{i}[row * out_row + c * out_column]"
-                lines.append(f"{place} = ({types[i]})({self._text(formula.outputs[i], inside, T)});")
-            lines.append("}")
-
-    def _text(self, node: Expr, names: dict[Expr, str], T: str) -> str:
-        return literal(node.value, T) if isinstance(node, Constant) else names[node]
-
-    def _statement(self, node: Expr, names: dict[Expr, str], lines: list[str], T: str) -> None:
-        arguments = [self._text(a, names, T) for a in node.args]
-        if _is_label(node):
-            kind, arguments = "long long", [self._text(a, names, "long long") for a in node.args]
+        axes: which axes of the elements are the columns, ascending.
+        """
+        shape = next(a.shape for a, v in zip(arguments, self.formula.inputs, strict=True) if v.level == "element")
+        if self.apart.sums is None:
+            found = dict(zip(self.apart.by_row, self._run(arguments, dtype, axes, shape), strict=False))
         else:
-            kind = "bool" if node.function.result == "bool" else T
-        names[node] = f"v{len(lines)}_{len(names)}"
-        lines.append(f"const {kind} {names[node]} = {node.function.cuda.format(*arguments, T=T)};")
+            found = self._beside(arguments, dtype, axes, shape)
+        for i in self.apart.full:
+            found[i] = Backend.identity.runner("cuda").reduce((found[i],), found[i].dtype, _others(shape, axes), False)
+        return [found[i] for i in sorted(found)]
 
-    def _write_rows(self, roots: Sequence[Expr], names: dict[Expr, str], lines: list[str], T: str) -> None:
-        """Statements for the nodes below the roots that have one value a row (or in all)."""
-        for node in topological(roots):
-            if node in names or isinstance(node, (Constant, Variable)) or self._level(node) in _ACROSS:
-                continue
-            if node.function is row_length:
-                names[node] = f"(({T})C)"
-            elif node.function.across != "row" and all(isinstance(a, Constant) or a in names for a in node.args):
-                self._statement(node, names, lines, T)
-
-    def _write_elements(
-        self, roots: Sequence[Expr], names: dict[Expr, str], loads: dict[Variable, str], lines: list[str], T: str
-    ) -> None:
-        """Statements for the elements at column c; `names` has what is known for the whole row."""
-        for node in _needed(roots, names, loads):
-            if isinstance(node, Variable):
-                lines.append(loads[node])
-            elif node.function is column:
-                names[node] = "c"
-            elif not isinstance(node, Constant):
-                self._statement(node, names, lines, T)
-
-    def _write_at(
-        self, node: Expr, names: dict[Expr, str], loads: dict[Variable, str], lines: list[str], T: str
-    ) -> None:
-        """row_at: one element, computed by every thread; a place outside the row gives NaN."""
-        source, place = node.args
-        result = f"at{len(lines)}"
-        lines += [f"{T} {result} = ({T})(0.0 / 0.0);", f"if ({names[place]} >= 0 && {names[place]} < C) {{"]
-        lines.append(f"const long long c = {names[place]};")
-        inside = dict(names)
-        self._write_elements([source], inside, loads, lines, T)
-        code = f"(u_fault, u_code, {names[place]}, row, 0, C)"
-        lines += [f"{result} = {inside[source]};", f"}} else if (threadIdx.x == 0) gpuad_fault{code};"]
-        names[node] = result
-
-    def __call__(self, arguments: Sequence[Any], dtype: np.dtype, outs: Sequence[Any] | None = None) -> list[Any]:
-        """The outputs, a list of arrays."""
-        return self._run(arguments, dtype, 0, ())
-
-    def total(self, arguments: Sequence[Any], dtype: np.dtype, summed: int, scale: float, mean: bool) -> list[Any]:
+    def total(
+        self, arguments: Sequence[Any], dtype: np.dtype, axes: tuple[int, ...], summed: int, scale: float, mean: bool
+    ) -> list[Any]:
         """[(scale · Σ terms, Σ weights), *the other outputs]; with `mean` the first is Σ terms / Σ weights."""
-        return self._run(arguments, dtype, summed, (compute_dtype(dtype).type(scale), np.bool_(mean)))
+        shape = next(a.shape for a, v in zip(arguments, self.formula.inputs, strict=True) if v.level == "element")
+        return self._run(arguments, dtype, axes, shape, summed, (compute_dtype(dtype).type(scale), np.bool_(mean)))
 
-    def _run(self, arguments: Sequence[Any], dtype: np.dtype, summed: int, settings: tuple) -> list[Any]:
+    def _beside(
+        self, arguments: Sequence[Any], dtype: np.dtype, axes: tuple[int, ...], shape: tuple[int, ...]
+    ) -> dict[int, Any]:
+        """The outputs by their places: sums over the rows in the first blocks of the launch, rows in the others."""
+        sums: Any = self.apart.sums
+        kernel: Any = self._sums
+        operands = sums.operands(arguments, len(shape), axes)
+        over = _others(shape, axes)
+        if self._rows is None or not math.prod(shape):
+            results = kernel(operands, dtype, over, False, 1.0, None)
+            results = results if len(self.apart.by_column) > 1 else [results]
+            found = dict(zip(self.apart.by_column, results, strict=True))
+            rows = self._run(arguments, dtype, axes, shape) if self._rows else []
+            return {**found, **dict(zip(self.apart.by_row, rows, strict=True))}
+        made: list[Any] = []
+        rows = self._run(arguments, dtype, axes, shape, beside=(operands, over, made))
+        return dict(zip((*self.apart.by_row, *self.apart.by_column), [*rows, *made], strict=True))
+
+    def _run(
+        self,
+        arguments: Sequence[Any],
+        dtype: np.dtype,
+        axes: tuple[int, ...],
+        shape: tuple[int, ...],
+        summed: int = 0,
+        settings: tuple = (),
+        beside: Any = None,
+    ) -> list[Any]:
         import cupy
 
-        formula = self.formula
-        key = dtype_codes(arguments, cupy.ndarray)
-        elements = [
-            a for a, v in zip(arguments, formula.inputs, strict=True)
-            if v.level == "element" and isinstance(a, cupy.ndarray)
-        ]  # fmt: skip
-        shape = elements[0].shape
-        rows, columns = shape
-        in_c = all([a._c_contiguous for a in elements]) or memory_order(elements).is_c
-        shapes = {"element": shape, "row": shape[:1], "scalar": ()}
+        formula: Any = self.apart.rows
+        codes = dtype_codes(arguments, cupy.ndarray)
+        key = (
+            codes, dtype, axes, summed, beside is not None,
+            tuple([(a.shape, a.strides) if isinstance(a, cupy.ndarray) else None for a in arguments]),
+        )  # fmt: skip
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) > 1000:
+                self._plans.clear()
+            plan = self._plans[key] = self._plan(arguments, codes, dtype, axes, shape, summed, beside)
         made = [
-            cupy.ndarray(shapes[formula.levels[i]], formula.out_dtype(i, dtype), order="C" if in_c else "F")
-            for i in range(summed, len(formula.outputs))
+            cupy.ndarray(of, formula.out_dtype(i, dtype))
+            for i, of in enumerate(plan.shapes, summed)
+            if i not in formula.states
         ]
+        rows, columns = plan.layout["v"][:2].tolist()
         if not columns or not (rows or summed):
             for out in made:
                 out.fill(0)
             return [_empty_total(cupy, dtype, rows, settings), *made] if summed else made
-        warp = columns <= WARP_COLUMNS
-        kernel = self._kernels.get((key, dtype, warp, summed))
-        if kernel is None:
-            source = self.source(dtype, dtype_names(key), warp, summed)
-            kernel = self._kernels[key, dtype, warp, summed] = cupy.RawKernel(source, f"gpuad_{formula.name}")
         compute = compute_dtype(dtype)
-        call: list[Any] = []
-        for argument, variable in zip(arguments, formula.inputs, strict=True):
-            if not isinstance(argument, cupy.ndarray):
-                call.append(np.int64(argument) if variable.kind == "label" else compute.type(argument))
-                continue
-            call.append(argument)
-            size = argument.dtype.itemsize
-            if variable.level == "row":
-                call.append(np.int64(argument.strides[0] // size if argument.ndim else 0))
-            elif variable.level == "column":
-                call.append(np.int64(argument.strides[0] // size))
-            elif variable.level == "element":
-                call += [np.int64(s // size) for s in argument.strides]
+        call: list[Any] = [
+            a if isinstance(a, cupy.ndarray) else np.int64(a) if v.kind == "label" else compute.type(a)
+            for a, v in zip(arguments, formula.inputs, strict=True)
+        ]
         call += made
-        block = (32, ROWS) if warp else (256 if columns <= 4096 else 512, 1)
-        grid = max(1, min(-(-rows // block[1]), last_block.BLOCKS if summed else 1 << 20))
         if summed:
             total = cupy.ndarray((2,), dtype)
-            call += [total, cupy.ndarray((2 * grid,), compute), last_block.counters(), *settings]
+            call += [total, cupy.ndarray((2 * plan.blocks,), compute), last_block.counters(), *settings]
             made = [total, *made]
-        if self.checks:
-            backend: Any = of_array(made[0]).backend
+        if self._rows.checks:
+            backend: Any = of_array(next(a for a in call if isinstance(a, cupy.ndarray))).backend
             address, code = backend.fault("class index")
             call += [np.uint64(address), np.int32(code)]
-        steps = (columns, 1) if in_c else (1, rows)
-        call += [np.int64(n) for n in (*shape, *steps)]
-        kernel((grid,), block, tuple(call), shared_mem=0 if warp else block[0] * compute.itemsize)
+        call.append(plan.layout)
+        blocks = plan.blocks
+        if beside is not None:
+            operands, _, columns_made = beside
+            columns_made += self._sums.outputs(plan.beside, dtype)
+            call += [*self._sums.call(plan.beside, operands, dtype, 1.0, columns_made), np.uint32(plan.beside.blocks)]
+            blocks += plan.beside.blocks
+        plan.kernel((blocks,), plan.block, tuple(call), shared_mem=plan.shared)
         return made
+
+    def _plan(
+        self, arguments: Sequence[Any], codes: tuple, dtype: np.dtype, axes: tuple[int, ...], shape: tuple[int, ...],
+        summed: int, beside: Any,
+    ) -> _Plan:  # fmt: skip
+        formula: Any = self.apart.rows
+        others = _others(shape, axes)
+        sizes = {"element": shape, "row": tuple(shape[i] for i in others), "scalar": ()}
+        inputs, outputs = self._rows.arrays(codes, summed)
+        strides = [_strides(arguments[i], formula.inputs[i].level, len(shape), axes) for i in inputs]
+        strides += [_c_strides(shape)] * len(outputs)
+        # At least one axis each, so that lengths of 1 make no variants.
+        none = [(1, (0,) * len(strides))]
+        row_axes, column_axes = merged(shape, strides, others) or none, merged(shape, strides, axes) or none
+        rows, columns = (math.prod(shape[i] for i in of) for of in (others, axes))
+        numbers = [rows, columns, *words(row_axes), *words(column_axes)]
+        layout = np.zeros((), [("v", np.int64, (len(numbers),))])
+        layout["v"] = numbers
+        warp = columns <= WARP_COLUMNS
+        block = (32, ROWS if warp or columns <= 4096 or beside else 2 * ROWS)
+        blocks = max(1, min(-(-rows // (ROWS if warp else 1)), last_block.BLOCKS if summed else 1 << 20))
+        sum_plan = None
+        if beside is not None:
+            import cupy
+
+            operands = [a if isinstance(a, cupy.ndarray) else None for a in beside[0]]
+            sum_plan = self._sums.plan(operands, beside[1], block)
+        variant = (warp, summed, len(row_axes), len(column_axes))
+        kernel = self._kernel(codes, dtype, variant, beside, sum_plan)
+        shared = 0 if warp else block[0] * block[1] * compute_dtype(dtype).itemsize
+        shapes = [sizes[level] for level in formula.levels[summed:]]
+        return _Plan(kernel, blocks, block, shared, layout, shapes, sum_plan)
+
+    def _kernel(
+        self, codes: tuple, dtype: np.dtype, variant: tuple[bool, int, int, int], beside: Any, plan: Any
+    ) -> Any:
+        import cupy
+
+        key = (codes, dtype, variant, plan and (dtype_codes(beside[0], cupy.ndarray), plan.variant))
+        found = self._kernels.get(key)
+        if found is None:
+            others = plan and _beside(*self._sums.source(dtype_names(key[-1][0]), dtype, plan.variant))
+            source = self._rows.write(dtype, dtype_names(codes), *variant, others)
+            found = self._kernels[key] = cupy.RawKernel(source, f"gpuad_{self.formula.name}")
+        return found
+
+
+def _beside(source: str, parameters: Sequence[str]) -> Beside:
+    """The sums as what the first blocks of a launch do."""
+    names = [f"sums_{i}" for i in range(len(parameters))]
+    declared = [f"{p.rpartition(' ')[0]} {name}" for p, name in zip(parameters, names, strict=True)]
+    call = f"""if (blockIdx.x < sum_blocks) {{ gpuad_sums({", ".join(names)}); return; }}
+const unsigned int row_block = blockIdx.x - sum_blocks, row_blocks = gridDim.x - sum_blocks;
+"""
+    return Beside(source, [*declared, "const unsigned int sum_blocks"], call)
+
+
+def _others(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes that are not columns."""
+    return tuple([i for i in range(len(shape)) if i not in axes])
+
+
+def _strides(array: Any, level: str, ndim: int, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides over all axes of the elements, in elements; a 0-d array has one value for all rows."""
+    own = iter([s // array.dtype.itemsize for s in array.strides])
+    if level == "element":
+        return tuple(own)
+    return tuple([next(own, 0) if (i in axes) == (level == "column") else 0 for i in range(ndim)])
+
+
+def _c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple([math.prod(shape[i + 1 :]) for i in range(len(shape))])
 
 
 def _empty_total(cupy: Any, dtype: np.dtype, rows: int, settings: tuple) -> Any:
     """The totals where rows have no elements: as NumPy's, 0 · scale and 0 / 0."""
     scale, mean = settings
     return cupy.asarray(np.array([np.nan if mean else np.float64(0) * scale, 0], dtype))
-
-
-def _is_label(node: Expr) -> bool:
-    """Whether a node is an index: a label, or a choice between labels and whole numbers."""
-    if isinstance(node, Variable):
-        return node.kind == "label"
-    if node.function is where:
-        branches = node.args[1:]
-        return any(_is_label(b) for b in branches) and all(isinstance(b, Constant) or _is_label(b) for b in branches)
-    return False
-
-
-def _needed(roots: Sequence[Expr], names: dict[Expr, str], loads: dict[Variable, str]) -> list[Expr]:
-    """The nodes to compute for the roots, arguments first, stopping at what has a name already."""
-    order: list[Expr] = []
-    seen: set[Expr] = set()
-    stack = [(root, False) for root in reversed(roots)]
-    while stack:
-        node, ready = stack.pop()
-        if ready:
-            order.append(node)
-        elif node not in seen and (node in loads or node not in names):
-            seen.add(node)
-            stack.append((node, True))
-            stack.extend((a, False) for a in reversed(node.args))
-    return order

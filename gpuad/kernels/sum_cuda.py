@@ -27,6 +27,7 @@ from gpuad.kernels.cuda_source import (
     write_statements,
 )
 from gpuad.kernels.expr import Expr
+from gpuad.kernels.strides_cuda import Axis, broadcast_strides, merged, offsets, words
 
 if TYPE_CHECKING:
     from gpuad.kernels.formula import Formula
@@ -35,25 +36,26 @@ THREADS = 256
 # Terms that each thread should add before a sum is cut between blocks.
 TERMS = 16
 
+# A tile is what one block has of the outputs, a part what it has of the sum; they follow each other along the grid.
 _SOURCE = r"""
-{headers}{preamble}{last_block}
-struct Layout {{ long long v[{words}]; }};
+struct SumLayout {{ long long v[{words}]; }};
 #define OUT_LANE threadIdx.{out_lane}
 #define SUM_LANE threadIdx.{sum_lane}
 #define OUT_LANES blockDim.{out_lane}
 #define SUM_LANES blockDim.{sum_lane}
 
-extern "C" __global__ void __launch_bounds__({threads})
-{name}({parameters}{sum}* partials, unsigned int* counters, const Layout layout, const {scale} scale) {{
+__device__ inline void gpuad_sums({parameters}) {{
   __shared__ {sum} shared[{count}][{threads}];
   const long long outputs = layout.v[0], terms = layout.v[1], chunk = layout.v[2];
-  const long long o = (long long)blockIdx.x * OUT_LANES + OUT_LANE;
+  const unsigned int tiles = layout.v[3], parts = layout.v[4];
+  const unsigned int tile = blockIdx.x % tiles, part = blockIdx.x / tiles;
+  const long long o = (long long)tile * OUT_LANES + OUT_LANE;
   const unsigned int place = OUT_LANE * SUM_LANES + SUM_LANE;
   {sum} total[{count}] = {{}};
   if (o < outputs) {{
     {kept}
-    const long long stop = min((blockIdx.y + 1) * chunk, terms);
-    for (long long r = blockIdx.y * chunk + SUM_LANE; r < stop; r += SUM_LANES) {{
+    const long long stop = min((part + 1) * chunk, terms);
+    for (long long r = part * chunk + SUM_LANE; r < stop; r += SUM_LANES) {{
       {summed}
       {body}
     }}
@@ -66,12 +68,12 @@ extern "C" __global__ void __launch_bounds__({threads})
   }}
   for (int k = 0; k < {count}; ++k) total[k] = shared[k][place];
   const bool writes = SUM_LANE == 0 && o < outputs;
-  if (gridDim.y > 1) {{
-    if (writes) for (int k = 0; k < {count}; ++k) partials[(blockIdx.y * {count} + k) * outputs + o] = total[k];
-    if (!gpuad_is_last_block(counters + blockIdx.x, gridDim.y) || !writes) return;
+  if (parts > 1) {{
+    if (writes) for (int k = 0; k < {count}; ++k) partials[(part * {count} + k) * outputs + o] = total[k];
+    if (!gpuad_is_last_block(counters + tile, parts) || !writes) return;
     for (int k = 0; k < {count}; ++k) {{
       total[k] = 0;
-      for (unsigned int y = 0; y < gridDim.y; ++y) total[k] += partials[(y * {count} + k) * outputs + o];
+      for (unsigned int y = 0; y < parts; ++y) total[k] += partials[(y * {count} + k) * outputs + o];
     }}
   }}
   if (writes) {{
@@ -79,17 +81,22 @@ extern "C" __global__ void __launch_bounds__({threads})
   }}
 }}
 """
+_KERNEL = r"""
+{headers}{preamble}{last_block}{source}
+extern "C" __global__ void __launch_bounds__({threads}) {name}({parameters}) {{ gpuad_sums({names}); }}
+"""
 
 
-class _Plan(NamedTuple):
-    """How a call is launched, made once for each set of shapes and strides."""
+class SumPlan(NamedTuple):
+    """How a call is cut into blocks, made once for each set of shapes and strides."""
 
-    kernel: Any
-    grid: tuple[int, int]
+    blocks: int
     block: tuple[int, int]
     layout: np.ndarray
     partials: int
     shape: tuple[int, ...]
+    # How many merged axes are kept and summed; whether the innermost is kept, and what is summed is written.
+    variant: tuple[int, int, bool, bool]
 
 
 class SumKernel:
@@ -98,13 +105,13 @@ class SumKernel:
     def __init__(self, formula: Formula) -> None:
         self.formula = formula
         self._kernels: dict[tuple, Any] = {}
-        self._plans: dict[tuple, _Plan] = {}
+        self._plans: dict[tuple, tuple[SumPlan, Any]] = {}
 
     def __call__(
         self, arguments: Sequence[Any], dtype: np.dtype, axes: tuple[int, ...], keepdims: bool, scale: float, out: Any,
         elements: Any = None,
     ) -> Any:  # fmt: skip
-        """scale · the sum, a list for several outputs; numbers are computed in `dtype` (float32 for float16).
+        """scale · the sum, a list for several outputs; numbers are computed in `dtype` (float32 for 16 bits).
 
         out: where the sum of the only output goes. elements: where what is summed goes; it may be an argument.
         """
@@ -115,76 +122,106 @@ class SumKernel:
         written = [] if elements is None else [elements]
         arrays += written
         key = (codes, dtype, axes, tuple([None if a is None else (a.shape, a.strides) for a in arrays]))
-        plan = self._plans.get(key)
-        if plan is None:
+        found = self._plans.get(key)
+        if found is None:
             if len(self._plans) > 1000:
                 self._plans.clear()
-            plan = self._plans[key] = self._plan(arrays, codes, dtype, axes, bool(written))
+            plan = self.plan(arrays, axes, written=bool(written))
+            found = self._plans[key] = plan, self._kernel(codes, dtype, plan)
+        plan, kernel = found
         stored = self.formula.out_dtype(0, dtype)
-        made = out if out is not None and out.flags.c_contiguous and out.dtype == stored else None
-        if made is None:
-            made = cupy.ndarray(plan.shape, stored)
-        others = [
-            cupy.ndarray(plan.shape, self.formula.out_dtype(i, dtype)) for i in range(1, len(self.formula.outputs))
-        ]
+        given = out if out is not None and out.flags.c_contiguous and out.dtype == stored else None
+        results = self.outputs(plan, dtype, given)
+        made = results[0]
         if made.size:
-            summed = compute_dtype(dtype)
-            partials = cupy.ndarray((plan.partials,), _sum_dtype(summed)) if plan.partials else made
-            counters = last_block.counters() if plan.partials else made
-            number = _scale_dtype(summed).type
-            values = [
-                a if a is not None else np.int64(x) if v.kind == "label" else np.bool_(x) if v.kind == "mask"
-                else summed.type(x)
-                for a, x, v in zip(arrays, arguments, self.formula.inputs)
-            ]  # fmt: skip
-            values += written
-            plan.kernel(plan.grid, plan.block, (*values, made, *others, partials, counters, plan.layout, number(scale)))
+            kernel((plan.blocks,), plan.block, self.call(plan, arguments, dtype, scale, [*written, *results]))
         if out is not None:
             if made is not out:
                 cupy.copyto(out, made.reshape(out.shape), casting="unsafe")
             return out
-        results = [made, *others]
         if keepdims:
             full = np.broadcast_shapes(*[a.shape for a in arrays if a is not None])
             results = [r.reshape([1 if i in axes else n for i, n in enumerate(full)]) for r in results]
-        return results if others else results[0]
+        return results if len(results) > 1 else results[0]
 
-    def _plan(
-        self, arrays: Sequence[Any], codes: tuple, dtype: np.dtype, axes: tuple[int, ...], written: bool
-    ) -> _Plan:
+    def outputs(self, plan: SumPlan, dtype: np.dtype, first: Any = None) -> list[Any]:
+        """Arrays for the sums; `first` is that of the first, where given."""
+        import cupy
+
+        dtypes = [self.formula.out_dtype(i, dtype) for i in range(len(self.formula.outputs))]
+        made = [cupy.ndarray(plan.shape, d) for d in (dtypes if first is None else dtypes[1:])]
+        return made if first is None else [first, *made]
+
+    def call(
+        self, plan: SumPlan, arguments: Sequence[Any], dtype: np.dtype, scale: float, outputs: Sequence[Any]
+    ) -> tuple[Any, ...]:
+        """The arguments of the kernel."""
+        import cupy
+
+        compute = compute_dtype(dtype)
+        partials = cupy.ndarray((plan.partials,), _sum_dtype(compute)) if plan.partials else outputs[0]
+        counters = last_block.counters() if plan.partials else outputs[0]
+        values = [
+            a if isinstance(a, cupy.ndarray)
+            else np.int64(a) if v.kind == "label" else np.bool_(a) if v.kind == "mask" else compute.type(a)
+            for a, v in zip(arguments, self.formula.inputs, strict=True)
+        ]  # fmt: skip
+        return (*values, *outputs, partials, counters, plan.layout, _scale_dtype(compute).type(scale))
+
+    def plan(
+        self,
+        arrays: Sequence[Any],
+        axes: tuple[int, ...],
+        block: tuple[int, int] | None = None,
+        written: bool = False,
+    ) -> SumPlan:
+        """The plan for arrays (None for numbers); block: the threads of a block, where they are given.
+
+        written: whether what is summed is written too, to the last of the arrays.
+        """
         shape = np.broadcast_shapes(*[a.shape for a in arrays if a is not None])
-        strides = [None if a is None else _strides(a, shape) for a in arrays]
-        moving = [s for s in strides if s is not None]
+        moving = [broadcast_strides(a, shape) for a in arrays if a is not None]
         kept_axes = [i for i in range(len(shape)) if i not in axes]
-        kept = _merged(shape, moving, kept_axes)
-        summed = _merged(shape, moving, list(axes))
+        kept = merged(shape, moving, kept_axes)
+        summed = merged(shape, moving, list(axes))
         outputs = math.prod(n for n, _ in kept)
         terms = math.prod(n for n, _ in summed)
         across = bool(kept) and (not summed or _innermost(kept, summed))  # whether neighbours are neighbouring outputs
-        block, grid, chunk = _geometry(outputs, terms, across)
-        words = [outputs, terms, chunk]
-        for n, steps in (*kept, *summed):
-            words += [n, *steps]
-        layout = np.zeros((), [("v", np.int64, (len(words),))])
-        layout["v"] = words
-        kernel_key = (codes, dtype, len(kept), len(summed), across, written)
-        kernel = self._kernels.get(kernel_key)
-        if kernel is None:
-            import cupy
+        block, (tiles, parts), chunk = _geometry(outputs, terms, across, block)
+        numbers = [outputs, terms, chunk, tiles, parts, *words(kept), *words(summed)]
+        layout = np.zeros((), [("v", np.int64, (len(numbers),))])
+        layout["v"] = numbers
+        partials = outputs * parts * len(self.formula.outputs) if parts > 1 else 0
+        variant = (len(kept), len(summed), across, written)
+        return SumPlan(tiles * parts, block, layout, partials, tuple(shape[i] for i in kept_axes), variant)
 
-            source = self.source(dtype_names(codes), dtype, len(kept), len(summed), across, written)
-            kernel = self._kernels[kernel_key] = cupy.RawKernel(source, f"gpuad_{self.formula.name}_sum")
-        partials = outputs * grid[1] * len(self.formula.outputs) if grid[1] > 1 else 0
-        return _Plan(kernel, grid, block, layout, partials, tuple(shape[i] for i in kept_axes))
+    def _kernel(self, codes: tuple, dtype: np.dtype, plan: SumPlan) -> Any:
+        import cupy
+
+        found = self._kernels.get((codes, dtype, plan.variant))
+        if found is None:
+            names = dtype_names(codes)
+            source, parameters = self.source(names, dtype, plan.variant)
+            name = f"gpuad_{self.formula.name}_sum"
+            text = _KERNEL.format(
+                headers=headers((*names, dtype.name)),
+                preamble=PREAMBLE,
+                last_block=last_block.SOURCE,
+                source=source,
+                threads=THREADS,
+                name=name,
+                parameters=", ".join(parameters),
+                names=names_of(parameters),
+            )
+            found = self._kernels[codes, dtype, plan.variant] = cupy.RawKernel(text, name)
+        return found
 
     def source(
-        self, key: Sequence[str | None], dtype: np.dtype, kept: int, summed: int, across: bool, written: bool = False
-    ) -> str:
-        """The CUDA C++ for arrays of the dtypes in `key` and so many merged axes.
-
-        across: the innermost one is kept. written: what is summed is written too.
-        """
+        self, key: Sequence[str | None], dtype: np.dtype, variant: tuple[int, int, bool, bool]
+    ) -> tuple[str, list[str]]:
+        """The CUDA C++ function gpuad_sums for arrays of the dtypes in `key`, and its parameters."""
         formula = self.formula
+        kept, summed, across, written = variant
         compute = C_TYPES[compute_dtype(dtype).name]
         parameters, loads = [], []
         names: dict[Expr, str] = {}
@@ -193,14 +230,14 @@ class SumKernel:
             kind = {"number": compute, "mask": "bool", "label": "long long"}[variable.kind]
             names[variable] = f"u{i}"
             if given is None:
-                parameters.append(f"const {kind} u{i}, ")
+                parameters.append(f"const {kind} u{i}")
             else:
-                parameters.append(f"const {RAW_TYPES[given]}* p{i}, ")
+                parameters.append(f"const {RAW_TYPES[given]}* p{i}")
                 loads.append(f"const {kind} u{i} = ({kind})p{i}[e{i}];")
         body = [*loads, *write_statements(formula.outputs, names, compute)]
         if written:
             stored = RAW_TYPES[formula.out_dtype(0, dtype).name]
-            parameters.append(f"{stored}* elements, ")
+            parameters.append(f"{stored}* elements")
             body.append(f"elements[e{len(key)}] = ({stored}){names[formula.outputs[0]]};")
             arrays.append(len(key))
         total = C_TYPES[_sum_dtype(compute_dtype(dtype)).name]
@@ -208,26 +245,31 @@ class SumKernel:
         for k, output in enumerate(formula.outputs):
             body.append(f"total[{k}] += ({total}){names[output]};")
             stored = RAW_TYPES[formula.out_dtype(k, dtype).name]
-            parameters.append(f"{stored}* out{k}, ")
+            parameters.append(f"{stored}* out{k}")
             stores.append(f"out{k}[o] = ({stored})(total[{k}] * scale);")
-        return _SOURCE.format(
-            headers=headers((*key, dtype.name)),
-            preamble=PREAMBLE,
-            last_block=last_block.SOURCE,
-            words=3 + (kept + summed) * (1 + len(arrays)),
+        parameters += [f"{total}* partials", "unsigned int* counters", "const SumLayout layout"]
+        parameters.append(f"const {C_TYPES[_scale_dtype(compute_dtype(dtype)).name]} scale")
+        source = _SOURCE.format(
+            words=5 + (kept + summed) * (1 + len(arrays)),
             out_lane="x" if across else "y",
             sum_lane="y" if across else "x",
             threads=THREADS,
-            name=f"gpuad_{formula.name}_sum",
-            parameters="".join(parameters),
+            parameters=", ".join(parameters),
             sum=total,
             count=len(formula.outputs),
             stores="\n    ".join(stores),
-            scale=C_TYPES[_scale_dtype(compute_dtype(dtype)).name],
-            kept=_offsets("o", "k", arrays, kept, 3, [None] * len(arrays)),
-            summed=_offsets("r", "e", arrays, summed, 3 + kept * (1 + len(arrays)), [f"k{i}" for i in arrays]),
+            kept="\n    ".join(offsets("o", "k", arrays, kept, 5)),
+            summed="\n      ".join(
+                offsets("r", "e", arrays, summed, 5 + kept * (1 + len(arrays)), [f"k{i}" for i in arrays])
+            ),
             body="\n      ".join(body),
         )
+        return source, parameters
+
+
+def names_of(parameters: Sequence[str]) -> str:
+    """The names in declarations of parameters, as the arguments of a call."""
+    return ", ".join(p.rpartition(" ")[2] for p in parameters)
 
 
 def _sum_dtype(compute: np.dtype) -> np.dtype:
@@ -238,48 +280,7 @@ def _scale_dtype(compute: np.dtype) -> np.dtype:
     return compute if compute.char in FLOATING else np.dtype(np.int64)
 
 
-def _offsets(index: str, name: str, arrays: list[int], axes: int, word: int, start: list[str | None]) -> str:
-    """Statements that turn a linear index over merged axes into an offset for each array, from `start` on."""
-    step = 1 + len(arrays)
-    lines = [f"long long {name}{i} = {begin or 0};" for i, begin in zip(arrays, start, strict=True)]
-    if axes > 1:
-        lines.append(f"long long {name}_rest = {index};")
-    for axis in reversed(range(axes)):
-        at = index if axes == 1 else f"{name}_at{axis}"
-        if axes > 1 and axis:
-            lines.append(f"const long long {at} = {name}_rest % layout.v[{word + axis * step}];")
-            lines.append(f"{name}_rest /= layout.v[{word + axis * step}];")
-        elif axes > 1:
-            lines.append(f"const long long {at} = {name}_rest;")
-        for k, i in enumerate(arrays):
-            lines.append(f"{name}{i} += {at} * layout.v[{word + axis * step + 1 + k}];")
-    return "\n      ".join(lines)
-
-
-def _strides(array: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides over the broadcast shape, in elements."""
-    size = array.dtype.itemsize
-    own = [0 if n == 1 else s // size for n, s in zip(array.shape, array.strides, strict=True)]
-    return (*(0,) * (len(shape) - len(own)), *own)
-
-
-def _merged(
-    shape: tuple[int, ...], strides: list[tuple[int, ...]], axes: list[int]
-) -> list[tuple[int, tuple[int, ...]]]:
-    """The axes as few as can be: (length, stride of each array); those of length 1 are left out."""
-    found: list[tuple[int, tuple[int, ...]]] = []
-    for axis in axes:
-        n, steps = shape[axis], tuple(s[axis] for s in strides)
-        if n == 1:
-            continue
-        if found and found[-1][1] == tuple(n * s for s in steps):
-            found[-1] = (found[-1][0] * n, steps)
-        else:
-            found.append((n, steps))
-    return found
-
-
-def _innermost(kept: list[tuple[int, tuple[int, ...]]], summed: list[tuple[int, tuple[int, ...]]]) -> bool:
+def _innermost(kept: list[Axis], summed: list[Axis]) -> bool:
     """Whether more arrays lie with the last kept axis innermost than with the last summed one."""
     ours, theirs = kept[-1][1], summed[-1][1]
     return sum(0 < abs(a) < abs(b) or (a and not b) for a, b in zip(ours, theirs)) > sum(
@@ -287,9 +288,13 @@ def _innermost(kept: list[tuple[int, tuple[int, ...]]], summed: list[tuple[int, 
     )
 
 
-def _geometry(outputs: int, terms: int, across: bool) -> tuple[tuple[int, int], tuple[int, int], int]:
-    """(block, grid, terms of each row of blocks): lanes for the outputs and for the sum, powers of two."""
-    if across:
+def _geometry(
+    outputs: int, terms: int, across: bool, block: tuple[int, int] | None
+) -> tuple[tuple[int, int], tuple[int, int], int]:
+    """(block, (tiles, parts), terms of each part): lanes for the outputs and for the sum, powers of two."""
+    if block is not None:
+        out_lanes, sum_lanes = block if across else block[::-1]
+    elif across:
         out_lanes = min(32, _power(outputs))
         sum_lanes = min(THREADS // out_lanes, _power(terms))
     else:
@@ -301,8 +306,7 @@ def _geometry(outputs: int, terms: int, across: bool) -> tuple[tuple[int, int], 
         parts = max(1, min(last_block.BLOCKS // tiles, terms // (sum_lanes * TERMS)))
     chunk = -(-terms // parts) if terms else 0
     parts = max(1, -(-terms // chunk)) if chunk else 1
-    block = (out_lanes, sum_lanes) if across else (sum_lanes, out_lanes)
-    return block, (tiles, parts), chunk
+    return (out_lanes, sum_lanes) if across else (sum_lanes, out_lanes), (tiles, parts), chunk
 
 
 def _power(n: int) -> int:

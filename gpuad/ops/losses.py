@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from gpuad.array.dtypes import FLOATING
 from gpuad.autograd.elementwise import Elementwise, elementwise
-from gpuad.autograd.levels import whole
+from gpuad.autograd.levels import level_of, whole
 from gpuad.autograd.op import as_operand, check_devices, describe, function
 from gpuad.autograd.reduced import Reduced
+from gpuad.autograd.row_total import RowTotal
 from gpuad.errors import DtypeError, ShapeError
-from gpuad.kernels.scalar import abs, clamp, exp, log, log1p, maximum, ne, row_at, row_logsumexp, where
+from gpuad.kernels.formula import trace
+from gpuad.kernels.scalar import (
+    abs,
+    clamp,
+    exp,
+    log,
+    log1p,
+    maximum,
+    ne,
+    row_at,
+    row_logsumexp,
+    row_size,
+    row_sum,
+    where,
+)
+from gpuad.ops.rows import Variants
 from gpuad.ops.samples import S, class_indices
 from gpuad.tensor import Tensor
 
@@ -184,35 +201,88 @@ def kl_div(input: Any, target: Any, reduction: str = "mean", log_target: bool = 
 # Classification -------------------------------------------------------------------------------------------------------
 
 
-def _plain_term(input: Any, label: Any) -> tuple[Any, Any]:
+def _entropy_term(input: Any, label: Any, ignore: Any, weight: Any, smoothing: Any) -> tuple[Any, ...]:
     lse = row_logsumexp(input)
-    return lse - row_at(input, label), lse
+    place, counted, share = _share(label, ignore, weight)
+    term = lse - row_at(input, place)
+    term = term if share is None else share * term
+    if smoothing is not None:
+        spread = row_sum(_times(lse - input, weight)) / row_size()
+        spread = spread if counted is None else where(counted, spread, 0.0)
+        term = (1 - smoothing) * term + smoothing * spread
+    return (term, lse) if share is None else (term, share, lse)
 
 
-def _masked_term(input: Any, label: Any, ignore: Any) -> tuple[Any, Any, Any]:
+def _nll_term(input: Any, label: Any, ignore: Any, weight: Any) -> tuple[Any, Any]:
+    place, _, share = _share(label, ignore, weight)
+    return -share * row_at(input, place), share
+
+
+def _soft_term(input: Any, target: Any, weight: Any, smoothing: Any) -> tuple[Any, Any]:
     lse = row_logsumexp(input)
-    weight = where(ne(label, ignore), 1.0, 0.0)
-    place = where(ne(label, ignore), label, 0)
-    return weight * (lse - row_at(input, place)), weight, lse
+    if smoothing is not None:
+        target = target * (1 - smoothing) + smoothing / row_size()
+    return row_sum(target * _times(lse - input, weight)), lse
 
 
-def _nll_term(input: Any, label: Any, ignore: Any) -> tuple[Any, Any]:
-    weight = where(ne(label, ignore), 1.0, 0.0)
-    return -weight * row_at(input, where(ne(label, ignore), label, 0)), weight
+def _times(x: Any, weight: Any) -> Any:
+    return x if weight is None else x * weight
 
 
-_labels = {"rows": ("label",), "labels": ("label", "ignore"), "scalars": ("ignore",)}
-_classified = [(S((5, 3)), class_indices((5,), 3)), (S((5, 3)), class_indices((5,), 3), {"mean": False}),
-               (S((1, 4)), class_indices((1,), 4))]  # fmt: skip
+def _share(label: Any, ignore: Any, weight: Any) -> tuple[Any, Any, Any]:
+    """Where to read in a row, whether it counts, and how much; None where all rows count, as 1."""
+    if ignore is None:
+        return label, None, None if weight is None else row_at(weight, label)
+    counted = ne(label, ignore)
+    place = where(counted, label, 0)
+    return place, counted, where(counted, 1.0 if weight is None else row_at(weight, place), 0.0)
+
+
+def _row_loss(name: str, term: Any, doc: str, table: dict[tuple[str, ...], Any]) -> Variants:
+    """A loss of rows, with the samples of those variants that are in the table of operations."""
+
+    def make(absent: tuple[str, ...]) -> RowTotal:
+        traced = trace(
+            term, name, rows=["label"], labels=["label", "ignore"], scalars=["ignore", "smoothing"],
+            columns=["weight"], absent=absent,
+        )  # fmt: skip
+        own, samples = table.get(absent, (name, []))
+        return RowTotal(own, traced, samples, doc, "label" in names and not {"ignore", "weight"} <= set(absent),
+                        register=bool(samples))  # fmt: skip
+
+    names = tuple(inspect.signature(term).parameters)
+    return Variants(names, make, tuple(table))
+
+
+_labelled = [(S((5, 3)), class_indices((5,), 3)), (S((5, 3)), class_indices((5,), 3), {"mean": False}),
+             (S((1, 4)), class_indices((1,), 4))]  # fmt: skip
 _masked = [(S((6, 3)), class_indices((6,), 3), 1), (S((6, 3)), class_indices((6,), 3), 1, {"mean": False}),
            (S((5, 3)), class_indices((5,), 3), -100)]  # fmt: skip
-ce_plain = Reduced("cross_entropy", _plain_term, _classified, "logsumexp(x) − x[label], x a row.", rows=("label",),
-                   labels=("label",))  # fmt: skip
-ce_masked = Reduced("cross_entropy_masked", _masked_term, _masked, "The same, without rows to ignore.", weighted=True,
-                    **_labels)  # fmt: skip
-nll_masked = Reduced(
-    "nll_loss", _nll_term, _masked, "−x[label], x a row of log-probabilities.", weighted=True, **_labels
+_soft = [(S((5, 3)), S((5, 3), 0, 1)), (S((5, 3)), S((5, 3), 0, 1), {"mean": False})]
+_entropy = _row_loss("cross_entropy", _entropy_term, "logsumexp(x) − x[label], x a row, without rows to ignore.", {
+    ("ignore", "weight", "smoothing"): ("cross_entropy", _labelled),
+    ("weight", "smoothing"): ("cross_entropy_masked", _masked),
+})  # fmt: skip
+_nll = _row_loss(
+    "nll_loss", _nll_term, "−x[label], x a row of log-probabilities.", {("weight",): ("nll_loss", _masked)}
 )
+_soft_entropy = _row_loss("cross_entropy_soft", _soft_term, "Σ t (logsumexp(x) − x), x and t a row.", {
+    ("weight", "smoothing"): ("cross_entropy_soft", _soft)
+})  # fmt: skip
+
+
+def _total(loss: Variants, inputs: tuple, classes: int, reduction: str) -> Any:
+    """The loss in a reduction, `classes` being the dimension of the rows."""
+    op, given = loss.of(inputs)
+    axes = (classes,)
+    if reduction == "none":
+        return op.each(*given, axes=axes)
+    mean = _is_mean(reduction)
+    weight = inputs[loss.names.index("weight")]
+    if op.weighted and mean and weight is not None and (weight._requires_grad or level_of(weight)):
+        terms, shares = op.terms(*given, axes=axes)  # the sum of the weights has a gradient too
+        return terms.sum() / shares.sum()
+    return op(*given, mean=mean, axes=axes)
 
 
 def _check_labels(name: str, input: Any, target: Any, weight: Any) -> None:
@@ -238,16 +308,6 @@ def _check_labels(name: str, input: Any, target: Any, weight: Any) -> None:
         )
 
 
-def _as_rows(input: Any, target: Any) -> tuple[Any, Any]:
-    """(N, C, *) and (N, *) as (rows, C) and (rows,)."""
-    if input.ndim == 2:
-        return input, target
-    if input.ndim == 1:
-        return input.unsqueeze(0), target.reshape(1)
-    classes = input.shape[1]
-    return input.movedim(1, -1).reshape(-1, classes), target.reshape(-1)
-
-
 @function(nn=True)
 def cross_entropy(
     input: Any, target: Any, weight: Any = None, ignore_index: int = -100, reduction: str = "mean",
@@ -267,57 +327,22 @@ def cross_entropy(
     _check_labels("cross_entropy", input, target, weight)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing is between 0 and 1, got {label_smoothing}.")
-    rows, labels = _as_rows(input, target)
-    valid = input._device.backend.check_labels(whole(labels), rows._data.shape[1], ignore_index)
-    if weight is None and not label_smoothing and reduction != "none":
-        mean = _is_mean(reduction)
-        return ce_plain(rows, labels, mean=mean) if valid else ce_masked(rows, labels, ignore_index, mean=mean)
-    logp = rows.log_softmax(1)
-    loss, total = _nll(logp, labels, weight, ignore_index)
-    if label_smoothing:
-        classes = rows.shape[1]
-        counted = (labels != ignore_index).to(logp.dtype)
-        smooth = -(logp if weight is None else logp * weight).sum(1) * counted / classes
-        loss = loss * (1 - label_smoothing) + smooth * label_smoothing
-    if reduction == "none":
-        return loss.reshape(target.shape)
-    return loss.sum() / total.sum() if _is_mean(reduction) else loss.sum()
-
-
-def _nll(logp: Any, labels: Any, weight: Any, ignore_index: int) -> tuple[Any, Any]:
-    """−weight[label] logp[label] for each row, and the weights; 0 where the label is ignored."""
-    counted = labels != ignore_index
-    place = labels.masked_fill(~counted, 0)
-    share = counted.to(logp.dtype)
-    if weight is not None:
-        share = share * weight[place]
-    return -logp.gather(1, place.unsqueeze(1)).squeeze(1) * share, share
+    classes = 1 if input.ndim > 1 else 0
+    valid = input._device.backend.check_labels(whole(target), input.shape[classes], ignore_index)
+    inputs = (input, target, None if valid else ignore_index, weight, label_smoothing or None)
+    return _total(_entropy, inputs, classes, reduction)
 
 
 def _soft_cross_entropy(input: Any, target: Any, weight: Any, reduction: str, label_smoothing: float) -> Any:
     _check_shapes("cross_entropy with probabilities", input, target, broadcast=False)
-    axis = 1 if input.ndim > 1 else 0
-    classes = input.shape[axis]
-    if label_smoothing:
-        target = target * (1 - label_smoothing) + label_smoothing / classes
-    terms = input.log_softmax(axis) * target
-    if weight is not None:
-        terms = terms * weight.reshape((classes, *(1 for _ in input.shape[2:])))
-    loss = -terms.sum(axis)
-    if reduction == "none":
-        return loss
-    return loss.mean() if _is_mean(reduction) else loss.sum()
+    inputs = (input, target, weight, label_smoothing or None)
+    return _total(_soft_entropy, inputs, 1 if input.ndim > 1 else 0, reduction)
 
 
 @function(nn=True)
 def nll_loss(input: Any, target: Any, weight: Any = None, ignore_index: int = -100, reduction: str = "mean") -> Any:
     """−input[target] for rows of log-probabilities; arguments as of cross_entropy."""
     _check_labels("nll_loss", input, target, weight)
-    rows, labels = _as_rows(input, target)
-    input._device.backend.check_labels(whole(labels), rows._data.shape[1], ignore_index)
-    if weight is None and reduction != "none":
-        return nll_masked(rows, labels, ignore_index, mean=_is_mean(reduction))
-    loss, total = _nll(rows, labels, weight, ignore_index)
-    if reduction == "none":
-        return loss.reshape(target.shape)
-    return loss.sum() / total.sum() if _is_mean(reduction) else loss.sum()
+    classes = 1 if input.ndim > 1 else 0
+    input._device.backend.check_labels(whole(target), input.shape[classes], ignore_index)
+    return _total(_nll, (input, target, ignore_index, weight), classes, reduction)
