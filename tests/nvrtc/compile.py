@@ -70,7 +70,8 @@ def parts_of(unit: dict) -> tuple[list[str], str, str]:
     """
     head, _, kernel = unit["source"].partition('extern "C" ')
     include = re.compile(r"^\s*#include.*\n", re.MULTILINE)
-    return include.findall(head), include.sub("", head), re.sub(r"gpuad_\w+", "kernel", kernel, count=1)
+    kernel = re.sub(r"^(__global__ void (?:__launch_bounds__\(\d+\)\s+)?)\w+", r"\1kernel", kernel)
+    return include.findall(head), include.sub("", head), kernel
 
 
 def same(unit: dict) -> tuple:
