@@ -20,7 +20,7 @@ C_TYPES = {
 RAW_TYPES = {**C_TYPES, "float16": "__half", "bfloat16": "__nv_bfloat16"}
 _HEADERS = {"float16": "#include <cuda_fp16.h>\n", "bfloat16": "#include <cuda_bf16.h>\n"}
 
-# What CUDA C has no operator for. Integers and floats differ in division and remainder; maxima let NaN through.
+# What CUDA C has no operator for. Integers and floats differ in division, remainder, rounding; maxima let NaN through.
 PREAMBLE = r"""
 template <typename T> __device__ inline bool gpuad_isnan(T x) { return x != x; }
 template <typename T> __device__ inline bool gpuad_isfinite(T x) { return x - x == T(0); }
@@ -30,6 +30,18 @@ template <typename T> __device__ inline T gpuad_minimum(T a, T b) { return (a < 
 __device__ inline float gpuad_fmod(float a, float b) { return fmodf(a, b); }
 __device__ inline double gpuad_fmod(double a, double b) { return fmod(a, b); }
 template <typename T> __device__ inline T gpuad_fmod(T a, T b) { return b == T(0) ? T(0) : a % b; }
+template <typename T> __device__ inline T gpuad_floor(T x) { return x; }
+__device__ inline float gpuad_floor(float x) { return floorf(x); }
+__device__ inline double gpuad_floor(double x) { return floor(x); }
+template <typename T> __device__ inline T gpuad_ceil(T x) { return x; }
+__device__ inline float gpuad_ceil(float x) { return ceilf(x); }
+__device__ inline double gpuad_ceil(double x) { return ceil(x); }
+template <typename T> __device__ inline T gpuad_rint(T x) { return x; }
+__device__ inline float gpuad_rint(float x) { return rintf(x); }
+__device__ inline double gpuad_rint(double x) { return rint(x); }
+template <typename T> __device__ inline T gpuad_trunc(T x) { return x; }
+__device__ inline float gpuad_trunc(float x) { return truncf(x); }
+__device__ inline double gpuad_trunc(double x) { return trunc(x); }
 template <typename T> __device__ inline T gpuad_remainder(T a, T b) {
   T r = gpuad_fmod(a, b);
   return (r != T(0) && ((r < T(0)) != (b < T(0)))) ? r + b : r;

@@ -85,10 +85,10 @@ isinf = _declare("isinf", np.isinf, "gpuad_isinf({0})", None, result="bool")
 isfinite = _declare("isfinite", np.isfinite, "gpuad_isfinite({0})", None, result="bool")
 
 # Rounding -------------------------------------------------------------------------------------------------------------
-floor = _declare("floor", np.floor, "floor({0})", None)
-ceil = _declare("ceil", np.ceil, "ceil({0})", None)
-trunc: ScalarFunction = _declare("trunc", np.trunc, "trunc({0})", None)
-round = _declare("round", np.rint, "rint({0})", None)
+floor = _declare("floor", np.floor, "gpuad_floor({0})", None)
+ceil = _declare("ceil", np.ceil, "gpuad_ceil({0})", None)
+trunc: ScalarFunction = _declare("trunc", np.trunc, "gpuad_trunc({0})", None)
+round = _declare("round", np.rint, "gpuad_rint({0})", None)
 
 # Powers and exponentials ----------------------------------------------------------------------------------------------
 sqrt = _declare("sqrt", np.sqrt, "sqrt({0})", lambda a, y: 0.5 / y, result="float")

@@ -1,16 +1,20 @@
 """Writes down every CUDA source that gpuad gives CuPy to compile: python collect.py FILE, where there is a CUDA device.
 
-All operations of the table run in every floating dtype, forwards, backwards, with tangents and twice differentiated,
-and so do the optimisers, the random draws and the losses. What is written, as JSON, is what CuPy would hand to NVRTC:
-the whole translation unit and CuPy's options. Nothing of it is compiled or computed here: an empty kernel runs in the
-place of each of gpuad's, so that a thousand of them take seconds.
+All operations of the table run in every floating dtype, forwards, backwards, with tangents and differentiated two and
+three times; forwards in every other dtype that they take; with operands of several dtypes; and so do the optimisers,
+the random draws, sums over axes of every layout, and what else has a kernel. What is written, as JSON, is what CuPy
+would hand to NVRTC: the whole translation unit and CuPy's options. Nothing of it is compiled or computed here: an empty
+kernel runs in the place of each of gpuad's, so that a thousand of them take seconds.
 """
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import cupy
@@ -18,18 +22,25 @@ import numpy as np
 from cupy.cuda import compiler, function
 
 import gpuad
-from gpuad import nn, optim
+from gpuad import amp, nn, optim
 from gpuad.array import random
 from gpuad.autograd import grad
 from gpuad.autograd.forward import jvp
+from gpuad.func import jacfwd, jacrev
+from gpuad.kernels import rows_cuda
 from gpuad.ops import many
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from test_func import MIXES, backwards, forwards
 from test_ops import EVERYTHING, Case
 from test_random_bits import DRAWS
 from test_random_bits import run as run_draw
+from test_sums_cuda import SHAPES, VIEWS, every_axes
 
 DTYPES = ("float16", "float32", "float64")
+INTEGERS = ("bool", "uint8", "int8", "int16", "int32", "int64")
+# Raised where an op does not take a dtype, or a number for an array.
+NOT_TAKEN = (gpuad.errors.GpuadError, TypeError, ValueError, AttributeError, OverflowError)
 units: dict[tuple, dict] = {}
 context: list[str] = []  # what is running: an op, a dtype, an order
 
@@ -61,8 +72,21 @@ def collecting(compile: Callable) -> Callable:
     return collected
 
 
+def gradients(case: Case) -> None:
+    """The gradients of the case, of each operand and of all."""
+    leaves = case.leaves()
+    outs = [y for y in case(*leaves) if y.requires_grad]
+    if outs:
+        context[2] = "vjp"
+        us = case.like(outs)
+        for needed in leaves:  # one gradient alone may be another kernel than all of them
+            grad(outs, [needed], us, retain_graph=True, allow_unused=True)
+        grad(outs, leaves, us, allow_unused=True)
+
+
 def differentiate(case: Case) -> None:
     """All first and second derivatives of the case, in both modes."""
+    gradients(case)
     leaves = case.leaves()
     outs = [y for y in case(*leaves) if y.requires_grad]
     if not outs:
@@ -80,10 +104,6 @@ def differentiate(case: Case) -> None:
     def tangents(*xs):
         return jvp(moving, xs, vs)[1]
 
-    context[2] = "vjp"
-    for needed in leaves:  # one gradient alone may be another kernel than all of them
-        grad(outs, [needed], us, retain_graph=True, allow_unused=True)
-    grad(outs, leaves, us, allow_unused=True)
     context[2] = "jvp"
     tangents(*case.leaves(False))
     context[2] = "vjp of vjp"
@@ -100,37 +120,154 @@ def differentiate(case: Case) -> None:
     jvp(tangents, case.leaves(False), ws)
 
 
+def differentiate_three_times(case: Case) -> None:
+    """The third derivatives of the case, each of the three by forward or by reverse mode."""
+    leaves = case.leaves(False)
+    outs = [y for y in case(*case.leaves()) if y.requires_grad]
+    if not sum(y.numel() for y in outs):
+        return
+    us = case.like([y for y in case(*leaves) if y.is_floating_point()])
+    directions = [case.like(leaves) for _ in range(3)]
+
+    def weighted(xs):
+        ys = [y for y in case(*xs) if y.is_floating_point()]
+        return sum((y * u).sum() for y, u in zip(ys, us, strict=True))
+
+    for mix in MIXES:
+        context[2] = " of ".join({"f": "jvp", "b": "vjp"}[mode] for mode in reversed(mix))
+        f = weighted
+        for mode, along in zip(mix, directions, strict=True):
+            f = (forwards if mode == "f" else backwards)(f, along)
+        f(leaves)
+
+
+def jacobians(case: Case) -> None:
+    """Jacobians by both modes, which let vmap compute many derivatives of a value at once."""
+    leaves = case.leaves(False)
+    if not any(y.requires_grad for y in case(*case.leaves())):
+        return
+
+    def moving(*xs):
+        return [y for y in case(*xs) if y.is_floating_point()]
+
+    for mode, jacobian in (("vjp", jacrev), ("jvp", jacfwd)):
+        context[2] = f"vmap of {mode}"
+        jacobian(moving, tuple(range(len(leaves))))(*leaves)
+
+
+def cases(dtype: str, ops: Iterable = EVERYTHING) -> Iterator[Case]:
+    """The ops with all their samples; the context says which."""
+    for op in ops:
+        for sample in op.samples:
+            context[:] = [op.name, dtype, "forward"]
+            yield Case(op, sample, gpuad.device("cuda:0"), dtype)
+
+
 def operations(dtype: str) -> None:
-    """Every op with every sample."""
+    """Every op with every sample and its first and second derivatives; one sample's third ones and Jacobians."""
+    for case in cases(dtype):
+        case(*case.leaves(False))
+        differentiate(case)
+    for op in EVERYTHING:
+        case = Case(op, op.samples[0], gpuad.device("cuda:0"), dtype)
+        context[:] = [op.name, dtype, ""]
+        differentiate_three_times(case)
+        jacobians(case)
+
+
+def rows_by_blocks(dtype: str) -> None:
+    """The operations on rows once more, with a block of threads for each row, as if the rows were long."""
+    names = {unit["of"][0].split("\t")[0] for unit in units.values() if "const long long rows" in unit["source"]}
+    longest = rows_cuda.WARP_COLUMNS
+    rows_cuda.WARP_COLUMNS = 0
+    for case in cases(dtype, [op for op in EVERYTHING if op.name in names]):
+        case(*case.leaves(False))
+        differentiate(case)
+    rows_cuda.WARP_COLUMNS = longest
+
+
+def integers(dtype: str) -> None:
+    """Every op with operands of a dtype that is not a floating one, where it takes that on the host."""
     for op in EVERYTHING:
         for sample in op.samples:
             context[:] = [op.name, dtype, "forward"]
-            case = Case(op, sample, gpuad.device("cuda:0"), dtype)
-            case(*case.leaves(False))
-            differentiate(case)
+            with contextlib.suppress(*NOT_TAKEN):
+                for device in ("cpu", "cuda:0"):
+                    case = Case(op, sample, gpuad.device(device), dtype)
+                    case(*case.leaves(False))
+    context[:] = ["indexing", dtype, "forward"]
+    if dtype != "bool":
+        for shape in ((), (2,)):
+            gpuad.zeros(3, device="cuda")[gpuad.zeros(shape, dtype=getattr(gpuad, dtype), device="cuda")]
 
 
-OPTIMIZERS = {
-    "SGD": [{}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, {"momentum": 0.9, "maximize": True}],
-    "Adam": [{}, {"amsgrad": True, "weight_decay": 0.1}],
-    "RMSprop": [{}, {"momentum": 0.9, "centered": True}],
-}  # with other options than its defaults
+def mixed_operands(dtype: str, other: str | float) -> None:
+    """Every op of several operands, each in turn of another dtype than the rest, or a number, and the gradients."""
+    for case in cases(dtype):
+        given, places = list(case.entries), list(case.places)
+        for place in places if len(places) > 1 else ():
+            context[1:] = [f"{dtype} and {other}", "forward"]
+            case.entries = list(given)
+            case.entries[place] = given[place].to(getattr(gpuad, other)) if isinstance(other, str) else other
+            case.places = places if other in DTYPES else [p for p in places if p != place]
+            with contextlib.suppress(*NOT_TAKEN):
+                case(*case.leaves(False))
+                gradients(case)
+
+
+def sums(dtype: str) -> None:
+    """Sums over any axes of arrays of any layout."""
+    context[:] = ["sum over axes", dtype, "forward"]
+    backend = gpuad.device("cuda:0").backend
+    for shape, view in itertools.product(SHAPES, VIEWS.values()):
+        array = view(cupy.zeros(shape, dtype))
+        for axes in [(), *every_axes(array.ndim)]:
+            backend.sum(array, axes, False)
+
+
+def pieces(dtype: str) -> None:
+    """Gradients of the pieces of a tensor, of which some are missing."""
+    context[:] = ["pieces", dtype, "vjp"]
+    x = gpuad.zeros(5, 3, device="cuda", dtype=getattr(gpuad, dtype), requires_grad=True)
+    for count in range(2, 6):
+        for used in itertools.product((False, True), repeat=count):
+            some = [piece for piece, use in zip(x[:count].unbind(0), used, strict=True) if use]
+            grad(some, x, some, allow_unused=True)
+
+
+def settings(make: Callable) -> Iterator[dict]:
+    """An optimiser's options: each that is off by default, on and off, in all combinations."""
+    off = {n: p.default for n, p in inspect.signature(make).parameters.items() if p.default in (False, 0)}
+    switches = {n: (False, True) if default is False else (0, 0.1) for n, default in off.items()}
+    for values in itertools.product(*switches.values()):
+        yield dict(zip(switches, values, strict=True))
 
 
 def optimizers(dtype: str) -> None:
-    """Every optimiser, with a table of parameters in the arguments and, for many parameters, on the device."""
+    """Every optimiser with all its settings, for some parameters and for more than a table in the arguments holds.
+
+    Each steps by itself and with a GradScaler, with which the numbers that depend on the count of steps are on the
+    device. One parameter has other strides than its gradient, which takes an indexed kernel.
+    """
     for name in optim.__all__:
         if name in ("Optimizer", "lr_scheduler"):
             continue
-        for options in OPTIMIZERS.get(name, [{}]):
-            for count in (2, 400):
-                context[:] = [f"optim.{name}", dtype, "step"]
-                parameters = [nn.Parameter(gpuad.zeros(3, device="cuda", dtype=dtype)) for _ in range(count)]
-                for p in parameters:
-                    p.grad = gpuad.zeros_like(p)
-                parameters[0].data = gpuad.zeros(3, 2, device="cuda", dtype=dtype).t()  # strides: indexed kernels
-                parameters[0].grad = gpuad.zeros(2, 3, device="cuda", dtype=dtype)
-                getattr(optim, name)(parameters, lr=0.1, **options).step()
+        make = getattr(optim, name)
+        for options, count in itertools.product(settings(make), (2, 200)):
+            context[:] = [f"optim.{name}", dtype, "step"]
+            parameters = [nn.Parameter(gpuad.zeros(3, device="cuda", dtype=dtype)) for _ in range(count)]
+            for p in parameters:
+                p.grad = gpuad.zeros_like(p)
+            parameters[0].data = gpuad.zeros(3, 2, device="cuda", dtype=dtype).t()
+            parameters[0].grad = gpuad.zeros(2, 3, device="cuda", dtype=dtype)
+            with contextlib.suppress(gpuad.errors.GpuadError, ValueError):  # some settings exclude each other
+                optimizer = make(parameters, lr=0.1, **options)
+                optimizer.step()
+                if dtype != "float16":  # gradients of which are not unscaled
+                    scaler = amp.GradScaler()
+                    scaler.scale(gpuad.ones((), device="cuda"))
+                    scaler.step(optimizer)
+                    scaler.update()
 
 
 def network(dtype: str) -> None:
@@ -160,8 +297,10 @@ def long_rows(dtype: str) -> None:
 def many_gradients(dtype: str) -> None:
     """More gradients than a table in a kernel's arguments has rows, clipped and unscaled."""
     tensors = [gpuad.zeros(3, device="cuda", dtype=dtype) for _ in range(200)]
-    many.clip_to_norm_(tensors, 1.0, many.total_norm(tensors, 2.0))
     for some in (tensors, tensors[:3]):
+        many.total_norm(some, 2.0)
+        for norm in ("float32", "float64"):  # that of gradients of several dtypes is the widest
+            many.clip_to_norm_(some, 1.0, gpuad.ones((), device="cuda", dtype=norm))
         many.unscale_(some, gpuad.ones((), device="cuda"), gpuad.zeros((), device="cuda"))
 
 
@@ -171,6 +310,9 @@ def draws() -> None:
         context[:] = ["random", str(draw), "draw"]
         run_draw(draw, random.Generator().manual_seed(1), (7,), 0)
     generator = random.Generator().manual_seed(1)
+    for dtype in DTYPES:
+        random.bernoulli(random.Generator().manual_seed(1), cupy.zeros(7, dtype))
+    random.permutation(random.Generator().manual_seed(1), 7, 0)
     context[:] = ["random", "captured", "draw"]
     out = random.normal(generator, (7,), device=0)
     with cupy.cuda.Stream(non_blocking=True) as stream, generator.capture(0) as captured:
@@ -185,8 +327,17 @@ def main() -> None:
     compiler._compile_module_with_cache = collecting(compiler._compile_module_with_cache)
     for dtype in DTYPES:
         operations(dtype)
+        rows_by_blocks(dtype)
         optimizers(dtype)
         network(dtype)
+        pieces(dtype)
+    for dtype in INTEGERS:
+        integers(dtype)
+    for dtype in (*DTYPES, *INTEGERS):
+        sums(dtype)
+    for other in ("float16", "float64", "int64", "bool", 2.0):
+        mixed_operands("float32", other)
+    mixed_operands("int64", 2)
     draws()
     Path(sys.argv[1]).write_text(json.dumps(list(units.values())))
 

@@ -1,29 +1,29 @@
 """Compiles what collect.py wrote with NVRTC itself: python compile.py FILE LIBRARY INCLUDE ARCH...; no GPU is needed.
 
-Prints, as JSON, how many units there were and which were refused: (arch, where it came from, NVRTC's log). The options
-are CuPy's, with the headers of the CUDA wheels (INCLUDE) in the place of those that CuPy found. Each unit is compiled
-to machine code for one of the architectures, in turn, and goes through the compiler's front end for each of the others:
-code for all of them would take three times as long, and what an emitter does wrong the front end sees. Sources that
-differ in nothing but the number of dimensions of CuPy's arrays count as one.
+Prints, as JSON, how many units there were and which were refused: (arch, where it came from, NVRTC's log). Every unit
+goes through the front end, the optimiser and the assembler to machine code for every one of the architectures. The
+options are CuPy's, with the headers of the CUDA wheels (INCLUDE) in the place of those that CuPy found, and one more,
+FAST. Units that are the same code count as one, see `same`; and what units begin with, headers above all, is compiled
+once for many of them, see `merged`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import itertools
 import json
 import multiprocessing
 import os
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-# What CuPy itself adds in compile_using_nvrtc and _compile_with_cache_cuda; the headers are parsed once a process.
-CUPYS_OWN = ("-ftz=true", "--device-as-default-execution-space", "--pch")
-
-
-BATCH = 40  # units merged into one
+# What CuPy adds to a kernel's options in _compile_with_cache_cuda and compile_using_nvrtc.
+CUPYS_OWN = ("-ftz=true", "--device-as-default-execution-space")
+FAST = "--Ofast-compile=max"  # machine code that is optimised less, in half the time; what is accepted is the same
+BATCH = 200  # units merged into one: more, and the load at the end is uneven
 
 
 class Nvrtc:
@@ -42,6 +42,8 @@ class Nvrtc:
             encoded = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
             status = nvrtc.nvrtcCompileProgram(program, len(options), encoded)
             if status == 0:
+                nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+                assert size.value, "no machine code"
                 return None
             nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
             log = ctypes.create_string_buffer(size.value)
@@ -51,73 +53,81 @@ class Nvrtc:
             nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
+loaded = functools.cache(Nvrtc)  # once a process
+
+
 def options_of(unit: dict, include: str, arch: str) -> list[str]:
     """CuPy's options for the unit, with the real headers."""
     cupys = [o for o in unit["options"] if not o.startswith("-I") or f"{os.sep}cupy{os.sep}" in o]
-    return [*cupys, f"-I{include}", f"-arch={arch}", *CUPYS_OWN]
+    return [*cupys, f"-I{include}", f"-arch={arch}", *CUPYS_OWN, FAST]
+
+
+def parts_of(unit: dict) -> tuple[list[str], str, str]:
+    """The unit's includes, what else stands before its kernel (the head), and the kernel.
+
+    That has no C linkage, with which its name would have to differ from those of all that it is merged with; and not
+    its own name either, which in a namespace would hide functions of the head that are called the same.
+    """
+    head, _, kernel = unit["source"].partition('extern "C" ')
+    include = re.compile(r"^\s*#include.*\n", re.MULTILINE)
+    kernel = re.sub(r"^(__global__ void (?:__launch_bounds__\(\d+\)\s+)?)\w+", r"\1kernel", kernel)
+    return include.findall(head), include.sub("", head), kernel
+
+
+def same(unit: dict) -> tuple:
+    """Equal for units that are the same code: all but the kernel's name and what CuPy's array types say of a shape.
+
+    That is the number of dimensions, whether the array is contiguous and how wide its indices are: gpuad writes none
+    of them, and the templates that they choose between are CuPy's.
+    """
+    includes, head, kernel = parts_of(unit)
+    kernel = re.sub(r"(CArray<[\w:<>]+?|CIndexer<)[\d, ]+>", r"\1>", kernel)
+    return includes, unit["options"], head, kernel
 
 
 def batches(units: list[dict]) -> Iterator[list[dict]]:
-    """The units in handfuls with the same includes and options, so that headers are read once for many kernels."""
-    alike = defaultdict(list)
-    for unit in units:
-        includes = tuple(line for line in unit["source"].splitlines() if line.startswith("#include"))
-        alike[includes, tuple(unit["options"])].append(unit)
-    for group in alike.values():
-        for i in range(0, len(group), BATCH):
-            yield group[i : i + BATCH]
+    """The units in handfuls with the same includes and options, those with the same head together."""
+    units = sorted(units, key=same)
+    for _, group in itertools.groupby(units, lambda unit: (parts_of(unit)[0], unit["options"])):
+        alike = list(group)
+        yield from (alike[i : i + BATCH] for i in range(0, len(alike), BATCH))
 
 
 def merged(batch: list[dict]) -> str:
-    """One translation unit of several: the includes they share, then each in a namespace of its own."""
+    """One translation unit of several: their includes, then each head once, and each kernel in a namespace."""
     if len(batch) == 1:
         return batch[0]["source"]
-    lines = batch[0]["source"].splitlines()
-    parts = [line for line in lines if line.startswith("#include")]
-    for i, unit in enumerate(batch):
-        own = [line for line in unit["source"].splitlines() if not line.startswith("#include")]
-        macros = re.findall(r"^\s*#define (\w+)", unit["source"], re.MULTILINE)
-        text = "\n".join(own).replace('extern "C" ', "")  # a C name is the same in every namespace
-        parts += [f"namespace unit{i} {{", text, "}", *(f"#undef {macro}" for macro in macros)]
-    return "\n".join(parts)
+    lines = parts_of(batch[0])[0]
+    for i, (head, units) in enumerate(itertools.groupby(batch, lambda unit: parts_of(unit)[1])):
+        lines += [f"namespace head{i} {{", head]
+        lines += [f"namespace unit{j} {{\n{parts_of(unit)[2]}\n}}" for j, unit in enumerate(units)]
+        lines += ["}", *(f"#undef {macro}" for macro in re.findall(r"^\s*#define (\w+)", head, re.MULTILINE))]
+    return "\n".join(lines)
 
 
-def compile_share(arguments: tuple[list[dict], str, str, str, bool]) -> list[tuple[str, str, str]]:
-    """Compile some units for one architecture, or let the front end alone see them; what was refused."""
-    units, library, include, arch, check_only = arguments
-    nvrtc = Nvrtc(library)
-    refused = []
-    for batch in batches(units):
-        options = options_of(batch[0], include, arch) + ["-fdevice-syntax-only"] * check_only
-        if nvrtc.compile(merged(batch), options) is None:
-            continue
-        for unit in batch:  # which of them, and why
-            why = nvrtc.compile(unit["source"], options)
-            if why is not None:
-                refused.append((arch, unit["of"][0], why))
-    return refused
-
-
-def distinct(units: list[dict]) -> list[dict]:
-    """One of all units that differ in numbers of dimensions only."""
-    dimensions = re.compile(r"(CArray<[\w:<>]+?, |CIndexer<)\d+")
-    return list({(dimensions.sub(r"\1N", u["source"]), tuple(u["options"])): u for u in units}.values())
+def compile_batch(library: str, include: str, work: tuple[list[dict], str]) -> list[tuple[str, str, str]]:
+    """Compile some units for one architecture; what was refused, which is looked for by halves."""
+    batch, arch = work
+    why = loaded(library).compile(merged(batch), options_of(batch[0], include, arch))
+    if why is None:
+        return []
+    if len(batch) == 1:
+        return [(arch, batch[0]["of"][0], why)]
+    half = len(batch) // 2
+    halves = [compile_batch(library, include, (part, arch)) for part in (batch[:half], batch[half:])]
+    return sum(halves, []) or [(arch, "units that are refused only together", why)]
 
 
 def main() -> None:
     """Deals the units out, and prints what became of them."""
     file, library, include, *archs = sys.argv[1:]
-    units = distinct(json.loads(Path(file).read_text()))
-    cores = len(os.sched_getaffinity(0))
-    shares = []
-    for turn, arch in enumerate(archs):
-        to_code = [u for i, u in enumerate(units) if i % len(archs) == turn]
-        to_check = [u for i, u in enumerate(units) if i % len(archs) != turn]
-        shares += [(to_code[i::cores], library, include, arch, False) for i in range(cores)]
-        shares += [(to_check[i::cores], library, include, arch, True) for i in range(cores)]
-    with multiprocessing.get_context("spawn").Pool(cores) as pool:
-        refused = [r for share in pool.map(compile_share, shares, chunksize=1) for r in share]
-    print(json.dumps({"units": len(units), "refused": refused}))
+    units = list({json.dumps(same(unit)): unit for unit in json.loads(Path(file).read_text())}.values())
+    work = list(itertools.product(batches(units), archs))
+    work.sort(key=lambda batch_and_arch: -len(merged(batch_and_arch[0])))  # the longest first: an even load at the end
+    with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
+        task = functools.partial(compile_batch, library, include)
+        refused = [each for some in pool.imap_unordered(task, work) for each in some]
+    print(json.dumps({"units": len(units), "refused": sorted(refused)}))
 
 
 if __name__ == "__main__":
