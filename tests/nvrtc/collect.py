@@ -10,6 +10,7 @@ kernel runs in the place of each of gpuad's, so that a thousand of them take sec
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import itertools
 import json
@@ -37,7 +38,8 @@ from test_random_bits import DRAWS
 from test_random_bits import run as run_draw
 from test_sums_cuda import SHAPES, VIEWS, every_axes
 
-DTYPES = ("float16", "float32", "float64")
+HALVES = ("float16", "bfloat16")
+DTYPES = (*HALVES, "float32", "float64")
 INTEGERS = ("bool", "uint8", "int8", "int16", "int32", "int64")
 # Raised where an op does not take a dtype, or a number for an array.
 NOT_TAKEN = (gpuad.errors.GpuadError, TypeError, ValueError, AttributeError, OverflowError)
@@ -180,6 +182,8 @@ def rows_by_blocks(dtype: str) -> None:
     names = {unit["of"][0].split("\t")[0] for unit in units.values() if "const long long rows" in unit["source"]}
     longest = rows_cuda.WARP_COLUMNS
     rows_cuda.WARP_COLUMNS = 0
+    for kernel in [x for x in gc.get_objects() if isinstance(x, rows_cuda.RowKernel)]:
+        kernel._plans.clear()
     for case in cases(dtype, [op for op in EVERYTHING if op.name in names]):
         case(*case.leaves(False))
         differentiate(case)
@@ -263,7 +267,7 @@ def optimizers(dtype: str) -> None:
             with contextlib.suppress(gpuad.errors.GpuadError, ValueError):  # some settings exclude each other
                 optimizer = make(parameters, lr=0.1, **options)
                 optimizer.step()
-                if dtype != "float16":  # gradients of which are not unscaled
+                if dtype not in HALVES:  # gradients of which are not unscaled
                     scaler = amp.GradScaler()
                     scaler.scale(gpuad.ones((), device="cuda"))
                     scaler.step(optimizer)
@@ -281,6 +285,7 @@ def network(dtype: str) -> None:
     for order in (1.0, 2.0, 3.0, float("inf")):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0, order)
     long_rows(dtype)
+    rows_along_several_axes(dtype)
     many_gradients(dtype)
 
 
@@ -291,7 +296,23 @@ def long_rows(dtype: str) -> None:
     gpuad.use_deterministic_algorithms(True)
     (rows.softmax(1)[labels].sum() + nn.functional.cross_entropy(rows, labels)).backward()
     gpuad.use_deterministic_algorithms(False)
-    nn.functional.layer_norm(rows, (2000,)).sum().backward()
+    nn.functional.layer_norm(rows, (2000,), rows[0], rows[1]).sum().backward()
+
+
+def rows_along_several_axes(dtype: str) -> None:
+    """Rows and columns that are no single axis in memory, in operands of every order."""
+    x = gpuad.zeros(3, 4, 5, 6, device="cuda", dtype=dtype, requires_grad=True)
+    weight = gpuad.zeros(4, device="cuda", dtype=dtype, requires_grad=True)
+    labels = gpuad.zeros(3, 5, 6, device="cuda", dtype=gpuad.int64)
+    for dims in itertools.permutations(range(4)):
+        turned = x.permute(dims)
+        norm = nn.BatchNorm1d(turned.shape[1]).to("cuda", getattr(gpuad, dtype))
+        norm(turned.flatten(2)).sum().backward()
+        for dim in range(4):
+            turned.softmax(dim).sum().backward()
+        nn.functional.layer_norm(turned, turned.shape[2:]).sum().backward()
+    for smoothing in (0.0, 0.1):
+        nn.functional.cross_entropy(x, labels, weight, label_smoothing=smoothing).backward()
 
 
 def many_gradients(dtype: str) -> None:
@@ -335,7 +356,7 @@ def main() -> None:
         integers(dtype)
     for dtype in (*DTYPES, *INTEGERS):
         sums(dtype)
-    for other in ("float16", "float64", "int64", "bool", 2.0):
+    for other in (*HALVES, "float64", "int64", "bool", 2.0):
         mixed_operands("float32", other)
     mixed_operands("int64", 2)
     draws()
