@@ -75,15 +75,17 @@ def collecting(compile: Callable) -> Callable:
 
 
 def gradients(case: Case) -> None:
-    """The gradients of the case, of each operand and of all."""
-    leaves = case.leaves()
-    outs = [y for y in case(*leaves) if y.requires_grad]
-    if outs:
-        context[2] = "vjp"
-        us = case.like(outs)
-        for needed in leaves:  # one gradient alone may be another kernel than all of them
-            grad(outs, [needed], us, retain_graph=True, allow_unused=True)
-        grad(outs, leaves, us, allow_unused=True)
+    """The gradients of the case, with any of the operands requiring them."""
+    for required in itertools.product((True, False), repeat=len(case.places)):
+        leaves = case.leaves(False)
+        needed = [leaf.requires_grad_() for leaf, requires in zip(leaves, required, strict=True) if requires]
+        outs = [y for y in case(*leaves) if y.requires_grad]
+        if outs:
+            context[2] = "vjp"
+            us = case.like(outs)
+            for leaf in needed:  # one gradient alone may be another kernel than all of them
+                grad(outs, [leaf], us, retain_graph=True, allow_unused=True)
+            grad(outs, needed, us, allow_unused=True)
 
 
 def differentiate(case: Case) -> None:
