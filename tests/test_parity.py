@@ -190,6 +190,11 @@ CALLS = {
     "cross_entropy shape": lambda x, i: F.cross_entropy(x, i[:2]),
     "cross_entropy dtype": lambda x, i: F.cross_entropy(x, x.T),
     "nll_loss label": lambda x, i: F.nll_loss(x, i + 9),
+    "cross_entropy of integers": lambda x, i: F.cross_entropy(x.long(), i),
+    "nll_loss of integers": lambda x, i: F.nll_loss(x.long(), i),
+    "mse_loss of integers": lambda x, i: F.mse_loss(i, i),
+    "l1_loss of no integers": lambda x, i: F.l1_loss(i[:0], i[:0]),
+    "rms_norm of integers": lambda x, i: F.rms_norm(x.long(), (4,)),
     "bce shapes": lambda x, i: F.binary_cross_entropy(x, x.T),
     "reduction": lambda x, i: F.mse_loss(x, x, reduction="median"),
     "in place shape": lambda x, i: x.add_(gpuad.ones(2, 3, 4, device=x.device)),
@@ -229,3 +234,12 @@ def test_bad_calls_fail_alike(call, cuda_device):
     here, there = on_both(make)
     assert isinstance(here[0], type) and issubclass(here[0], Exception), f"{call} is not refused: {here}"
     assert here == there
+
+
+@pytest.mark.parametrize("f", [lambda x: x.round(), lambda x: x.floor(), lambda x: x.trunc(), lambda x: x.nan_to_num()],
+                         ids=["round", "floor", "trunc", "nan_to_num"])  # fmt: skip
+def test_integers_are_whole_already(f, cuda_device):
+    for device in ("cpu", cuda_device):
+        x = gpuad.arange(4, device=device)
+        y = f(x)
+        assert y.dtype == gpuad.int64 and y.tolist() == [0, 1, 2, 3] and y.data_ptr() != x.data_ptr()

@@ -220,6 +220,14 @@ def promoted_dtype(inputs: Sequence[Any], needs_float: bool) -> np.dtype:
     return dtypes.get_default_dtype() if needs_float and dtype.char not in FLOATING else dtype
 
 
+def floating_dtype(name: str, inputs: Sequence[Any]) -> np.dtype:
+    """The dtype that numbers are computed in by an operation that takes floating ones only."""
+    dtype = promoted_dtype(inputs, False)
+    if dtype.char not in FLOATING:
+        raise DtypeError(f"{name} takes floating tensors, got {dtype}; convert first, e.g. x.float().")
+    return dtype
+
+
 def check_in_place(name: str, target: Tensor, dtype: np.dtype, shape: tuple[int, ...], recording: bool) -> None:
     """Whether `target` can take a result of this dtype and shape in place."""
     if recording and target._requires_grad and target._node is None:

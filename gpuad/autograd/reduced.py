@@ -14,7 +14,7 @@ from gpuad.autograd.batching import Batch
 from gpuad.autograd.elementwise import Elementwise
 from gpuad.autograd.modes import state
 from gpuad.autograd.node import Node
-from gpuad.autograd.op import NUMBERS, Interpreters, as_operand, broadcast_error, check_devices, promoted_dtype
+from gpuad.autograd.op import NUMBERS, Interpreters, as_operand, broadcast_error, check_devices, floating_dtype
 from gpuad.kernels.expr import variable
 from gpuad.kernels.formula import Formula, trace
 from gpuad.tensor import Tensor, wrap
@@ -69,7 +69,7 @@ class Reduced(Elementwise):
             inputs = tuple([as_operand(self.name, x) for x in inputs])
             device = check_devices(self.name, inputs, self.names)
             arrays = [x._data if isinstance(x, Tensor) else x for x in inputs]
-            dtype = promoted_dtype([arrays[i] for i in term.promoted], term.needs_float)
+            dtype = floating_dtype(term.name, [arrays[i] for i in term.promoted])
             shape, layout = self._shapes(inputs, dtype)
         backend = device.backend
         scale = scale_of(mean, math.prod(shape))

@@ -10,7 +10,7 @@ from typing import Any
 from gpuad.autograd.batching import Batch
 from gpuad.autograd.modes import state
 from gpuad.autograd.node import Node
-from gpuad.autograd.op import Interpreters, as_operand, check_devices, promoted_dtype
+from gpuad.autograd.op import Interpreters, as_operand, check_devices, floating_dtype
 from gpuad.autograd.reduced import scale_of
 from gpuad.autograd.rows import RowOp
 from gpuad.kernels.expr import variable
@@ -55,7 +55,7 @@ class RowTotal(RowOp):
         arrays = [x._data if isinstance(x, Tensor) else x for x in inputs]
         self._check_shapes((*inputs, 1.0), (*arrays, 1.0), axes)
         term = self.term
-        dtype = promoted_dtype([arrays[i] for i in term.promoted], term.needs_float)
+        dtype = floating_dtype(term.name, [arrays[i] for i in term.promoted])
         shape = tuple([n for i, n in enumerate(arrays[self.first].shape) if i not in axes])
         scale = scale_of(mean and not self.weighted, math.prod(shape))
         out, weights, kept = device.backend.row_total(term, arrays, dtype, axes, self.weighted, scale, mean)

@@ -11,7 +11,7 @@ from gpuad.array.device import Device
 from gpuad.autograd import batching
 from gpuad.autograd.elementwise import Elementwise
 from gpuad.autograd.node import Node
-from gpuad.autograd.op import describe, promoted_dtype
+from gpuad.autograd.op import describe, floating_dtype
 from gpuad.errors import ShapeError
 from gpuad.kernels.formula import Formula
 
@@ -44,7 +44,7 @@ class RowOp(Elementwise):
         self, device: Device, inputs: Sequence[Any], arrays: Sequence[Any], axes: tuple[int, ...] = ()
     ) -> tuple[list, np.dtype]:
         formula = self.formula
-        dtype = promoted_dtype([arrays[i] for i in formula.promoted], formula.needs_float)
+        dtype = floating_dtype(self.name, [arrays[i] for i in formula.promoted])
         self._check_shapes(inputs, arrays, axes)
         return device.backend.rows(formula, arrays, dtype, axes), dtype
 

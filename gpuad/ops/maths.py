@@ -101,9 +101,9 @@ def clamp(input: Any, min: Any = None, max: Any = None) -> Any:
 
 @function(name="round")
 def round(input: Any, *, decimals: int = 0) -> Any:
-    """Rounded to `decimals` places, halves to even; the derivative is 0."""
+    """Rounded to `decimals` places, halves to even; the derivative is 0. Integers are as they are."""
     if decimals == 0:
-        return round_(input)
+        return round_(input) if input.dtype.char in dtypes.FLOATING else input.clone()
     scale = 10.0**decimals
     return round_(input * scale) / scale
 
@@ -111,5 +111,7 @@ def round(input: Any, *, decimals: int = 0) -> Any:
 @function(name="nan_to_num")
 def nan_to_num(input: Any, nan: float = 0.0, posinf: float | None = None, neginf: float | None = None) -> Any:
     """NaN replaced by `nan`, infinities by posinf and neginf (the largest finite numbers unless given)."""
+    if input.dtype.char not in dtypes.FLOATING:
+        return input.clone()
     limit = float(dtypes.finfo(input.dtype).max)
     return nan_to_num_(input, nan, limit if posinf is None else posinf, -limit if neginf is None else neginf)

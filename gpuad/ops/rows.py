@@ -10,7 +10,7 @@ from gpuad.array import dtypes
 from gpuad.array.dtypes import FLOATING
 from gpuad.autograd.levels import level_of
 from gpuad.autograd.modes import no_grad
-from gpuad.autograd.op import check_devices, function, promoted_dtype, writable
+from gpuad.autograd.op import check_devices, floating_dtype, function, writable
 from gpuad.autograd.rows import RowOp
 from gpuad.errors import ShapeError
 from gpuad.kernels.expr import substitute, variable
@@ -202,7 +202,7 @@ class _BatchNorm(RowOp):
         if running is None:
             return super()._compute(device, inputs, arrays, axes)
         self._check_shapes(inputs, arrays, axes)
-        dtype = promoted_dtype([arrays[i] for i in self.formula.promoted], self.formula.needs_float)
+        dtype = floating_dtype(self.name, [arrays[i] for i in self.formula.promoted])
         *states, momentum = running
         moved = [writable(self.name, state) for state in states]
         momentum = momentum._data if isinstance(momentum, Tensor) else momentum
@@ -305,7 +305,9 @@ def rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float |
     Source: Zhang & Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467.
     """
     axes = _last("rms_norm", input, normalized_shape, weight=weight)
-    return rms_norm_rows(input, weight, float(dtypes.finfo(input.dtype).eps) if eps is None else eps, axes=axes)
+    if eps is None:
+        eps = float(dtypes.finfo(floating_dtype("rms_norm", (input,))).eps)
+    return rms_norm_rows(input, weight, eps, axes=axes)
 
 
 @function(nn=True)
