@@ -99,15 +99,7 @@ class Reduced(Elementwise):
         plan = self.plan(wanted)
         values = (*arrays, scale)
         saved = [values[i] for i in plan.inputs]
-        cells = tuple([x._cell for x in [inputs[i] for i in plan.inputs if i < len(inputs)] if isinstance(x, Tensor)])
-        parents: list[Any] = [None] * self.arity
-        for i in wanted:
-            x = inputs[i]
-            parents[i] = x if x._node is None else x._node
-        version = sum([c[0] for c in cells])
-        info = (plan, layout, None, shape)
-        out._node = Node(self, tuple(parents), tuple(saved), cells, version, info, out._device)
-        out._requires_grad = True
+        record(self, inputs, saved, wanted, (plan, layout, None, shape), out)
 
     def backward(self, node: Node, gradient: Any, walk: Any) -> list[Any]:
         if node.info[1] is None:
@@ -122,14 +114,7 @@ class Reduced(Elementwise):
 
     def tangent(self, inputs: Sequence[Any], tangents: Sequence[Any], params: dict) -> tuple[Any, Any]:
         value = self(*inputs, **params)
-        moving = tuple([i for i, t in enumerate(tangents) if t is not None])
-        op = self._tangent_ops.get(moving)
-        if op is None:
-            full = self.formula.jvp(moving).formula
-            count = len(self.formula.outputs)
-            tangent: Any = full.of(full.outputs[count : count + 1], full.levels[:1])
-            op = self._tangent_ops[moving] = self.derived(f"{self.name}_jvp", tangent)
-        derivative = op(*inputs, 1.0, *[t for t in tangents if t is not None])
+        derivative = tangent_op(self, tangents)(*inputs, 1.0, *[t for t in tangents if t is not None])
         return value, derivative.mean() if params["mean"] else derivative.sum()
 
     # vmap -------------------------------------------------------------------------------------------------------------
@@ -143,6 +128,33 @@ class Reduced(Elementwise):
         term = self.terms.batch(batch, inputs, {})
         axes = list(range(1, term.ndim))
         return (term.mean(axes) if params["mean"] else term.sum(axes)) if axes else term
+
+
+def record(
+    op: Elementwise, inputs: Sequence[Any], saved: Sequence[Any], wanted: tuple[int, ...], info: tuple, out: Tensor
+) -> None:
+    """Put the sum `out` of an op on the tape; info: what the node is told, its plan first."""
+    given = [inputs[i] for i in info[0].inputs if i < len(inputs)]  # the last input of the formula is the scale
+    cells = tuple([x._cell for x in given if isinstance(x, Tensor)])
+    parents: list[Any] = [None] * op.arity
+    for i in wanted:
+        x = inputs[i]
+        parents[i] = x if x._node is None else x._node
+    version = sum([c[0] for c in cells])
+    out._node = Node(op, tuple(parents), tuple(saved), cells, version, info, out._device)
+    out._requires_grad = True
+
+
+def tangent_op(op: Elementwise, tangents: Sequence[Any]) -> Elementwise:
+    """The tangents of an op's terms as an operation of the inputs, the scale and the tangents that are there."""
+    moving = tuple([i for i, t in enumerate(tangents) if t is not None])
+    found = op._tangent_ops.get(moving)
+    if found is None:
+        full = op.formula.jvp(moving).formula
+        count = len(op.formula.outputs)
+        tangent: Any = full.of(full.outputs[count : count + 1], full.levels[:1])
+        found = op._tangent_ops[moving] = op.derived(f"{op.name}_jvp", tangent)
+    return found
 
 
 def scale_of(mean: bool, count: int) -> float:

@@ -11,7 +11,7 @@ from gpuad.autograd.batching import Batch
 from gpuad.autograd.modes import state
 from gpuad.autograd.node import Node
 from gpuad.autograd.op import Interpreters, as_operand, check_devices, floating_dtype
-from gpuad.autograd.reduced import scale_of
+from gpuad.autograd.reduced import record, scale_of, tangent_op
 from gpuad.autograd.rows import RowOp
 from gpuad.kernels.expr import variable
 from gpuad.kernels.formula import Formula
@@ -72,18 +72,10 @@ class RowTotal(RowOp):
     ) -> None:  # fmt: skip
         plan = self.plan(wanted)
         saved = [values[i] for i in plan.inputs] + [kept[i - 1] for i in plan.outputs]
-        cells = tuple([x._cell for x in [inputs[i] for i in plan.inputs if i < len(inputs)] if isinstance(x, Tensor)])
-        parents: list[Any] = [None] * self.arity
         dtype = out._data.dtype
-        for i in wanted:
-            x = inputs[i]
-            parents[i] = x if x._node is None else x._node
         alike = all([inputs[i]._data.dtype is dtype for i in wanted])
         layout = None if alike else [(x._data.shape, x._data.dtype) if isinstance(x, Tensor) else None for x in inputs]
-        version = sum([c[0] for c in cells])
-        info = (plan, layout, None, axes, shape)
-        out._node = Node(self, tuple(parents), tuple(saved), cells, version, info, out._device)
-        out._requires_grad = True
+        record(self, inputs, saved, wanted, (plan, layout, None, axes, shape), out)
 
     # The gradient of the sum is that of each term: one value for all rows, which backward takes as it is.
     def backward_recorded(self, node: Node, gradient: Any, walk: Any) -> list[Any]:
@@ -91,15 +83,8 @@ class RowTotal(RowOp):
 
     def tangent(self, inputs: Sequence[Any], tangents: Sequence[Any], params: dict) -> tuple[Any, Any]:
         value = self(*inputs, **params)
-        moving = tuple([i for i, t in enumerate(tangents) if t is not None])
-        op = self._tangent_ops.get(moving)
-        if op is None:
-            full = self.formula.jvp(moving).formula
-            count = len(self.formula.outputs)
-            tangent: Any = full.of(full.outputs[count : count + 1], full.levels[:1])
-            op = self._tangent_ops[moving] = self.derived(f"{self.name}_jvp", tangent)
         axes = params["axes"]
-        derivative = op(*inputs, 1.0, *[t for t in tangents if t is not None], axes=axes)
+        derivative = tangent_op(self, tangents)(*inputs, 1.0, *[t for t in tangents if t is not None], axes=axes)
         if not params["mean"]:
             return value, derivative.sum()
         if not self.weighted:
