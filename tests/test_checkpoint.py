@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 import gpuad
@@ -242,7 +243,8 @@ def test_inputs_that_do_not_require_grad(model, device):
     expected = [values_of(p.grad) for p in model.parameters()]
     model.zero_grad(set_to_none=True)
     checkpoint(model, x).sum().backward()
-    assert [values_of(p.grad) for p in model.parameters()] == expected
+    for p, values in zip(model.parameters(), expected, strict=True):  # a sum may be taken in another order
+        np.testing.assert_allclose(values_of(p.grad), values, rtol=1e-5, atol=1e-6)
 
 
 def test_without_random_state(device):

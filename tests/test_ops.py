@@ -98,6 +98,7 @@ COMPOSED = [
     composed("mse_loss", (MATRIX, MATRIX, "none"), (MATRIX, MATRIX, "sum")),
     composed("cross_entropy", (S((3, 4, 2)), class_indices((3, 2), 4)),
              (S((5, 3)), class_indices((5,), 3), S((3,), 0.5, 2), {"ignore_index": 1, "label_smoothing": 0.1}),
+             (S((3,)), class_indices((), 3), S((3,), 0.5, 2)),
              (S((5, 3)), class_indices((5,), 3), {"reduction": "none"}), (S((5, 3)), S((5, 3), 0, 1)),
              (S((3,)), class_indices((), 3)),
              (S((2, 3, 4)), class_indices((2, 4), 3), S((3,), 0.5, 2), {"reduction": "none", "label_smoothing": 0.2}),

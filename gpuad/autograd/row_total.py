@@ -111,6 +111,9 @@ class RowTotal(RowOp):
     def batch(self, batch: Batch, inputs: Sequence[Any], params: dict) -> Any:
         terms = self.terms.batch(batch, inputs, {"axes": params["axes"]})
         term = terms[0] if self.weighted else terms
-        axes = list(range(1, term.ndim))
-        total = (term.sum(axes) if not params["mean"] or self.weighted else term.mean(axes)) if axes else term
-        return total / terms[1].sum(axes) if params["mean"] and self.weighted else total
+        rows = list(range(1, term.ndim))  # none where an example is a single row
+        if not params["mean"]:
+            return term.sum(rows) if rows else term
+        if self.weighted:
+            return term.sum(rows) / terms[1].sum(rows) if rows else term / terms[1]
+        return term.mean(rows) if rows else term
