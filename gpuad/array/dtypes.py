@@ -37,7 +37,6 @@ BY_NAME: dict[str, np.dtype] = {
     "uint8": uint8, "bool": bool_,
 }  # fmt: skip
 SUPPORTED = frozenset(BY_NAME.values())
-_BFLOAT16_NAMES = ("bfloat16", "bf16")
 PYTHON_TYPES: dict[type, np.dtype] = {bool: bool_, int: int64, float: float32}
 
 _process_default = float32
@@ -74,7 +73,7 @@ def as_dtype(dtype: Any) -> np.dtype:
     """`dtype` (a numpy dtype or scalar type, a Python type or a name) as one of the supported numpy dtypes."""
     if isinstance(dtype, np.dtype) and dtype in SUPPORTED:
         return dtype.newbyteorder("=")
-    if isinstance(dtype, str) and dtype.rpartition(".")[2] in _BFLOAT16_NAMES:
+    if isinstance(dtype, str) and dtype == "bfloat16":
         return bfloat16()
     if dtype is float:
         return _process_default
@@ -88,7 +87,7 @@ def as_dtype(dtype: Any) -> np.dtype:
         found = None
     if found is not None and found.newbyteorder("=") in SUPPORTED:
         return found.newbyteorder("=")
-    if str(found or dtype).rpartition(".")[2].strip("'<>") in _BFLOAT16_NAMES:  # ml_dtypes', or torch.bfloat16
+    if found is not None and found.name == "bfloat16":
         return bfloat16()
     known = ", ".join(sorted([*map(str, SUPPORTED), "bfloat16"]))
     raise DtypeError(f"{dtype!r} is not a dtype of gpuad; the dtypes are {known}.")
