@@ -1,9 +1,9 @@
 """The order in memory of what operations make: one rule, the same on every device.
 
-What elementwise operations make lies in memory in the order of their operands, as NumPy's ufuncs have it: of
-two dimensions that is the inner one along which all operands take the smaller steps; where they disagree, or none
-tells, it is the last one. roll(), casts and copies to another device keep the order of their input too. Everything else
-that is no view is C-contiguous.
+What elementwise operations make lies in memory in the order of their operands, as NumPy's ufuncs have it: of two
+dimensions that is the inner one along which all operands take the smaller steps; where they disagree, or none tells,
+it is the last one. roll(), casts and copies to another device keep the order of their input too. Everything else that
+is no view is C-contiguous.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ derivative is linear, so the parts add up.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from gpuad.autograd.node import WRITTEN, Node, watched
 from gpuad.autograd.op import Interpreters, Op, describe, function
 from gpuad.autograd.primitive import Primitive
 from gpuad.errors import DtypeError, ShapeError
-from gpuad.kernels.formula import trace
+from gpuad.kernels.formula import Formula, trace
 from gpuad.ops.activations import gelu_tanh, relu
 from gpuad.ops.linalg import gemm, mT
 from gpuad.ops.samples import S
@@ -252,8 +253,16 @@ class LinearActivation(Op):
     def __init__(self, activation: str, op: Elementwise) -> None:
         super().__init__(f"linear_{activation}", register=False)
         self.activation, self.op = activation, op
-        self.shifted = trace(lambda product, bias: op(product + bias), self.name)
-        self.both = trace(lambda product, bias: (product + bias, op(product + bias)), self.name)
+
+    @functools.cached_property
+    def shifted(self) -> Formula:
+        """The activation behind the bias."""
+        return trace(lambda product, bias: self.op(product + bias), self.name)
+
+    @functools.cached_property
+    def both(self) -> Formula:
+        """What goes into the activation, and the activation."""
+        return trace(lambda product, bias: (product + bias, self.op(product + bias)), self.name)
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         device = input._device
